@@ -82,8 +82,8 @@ def survey(dir):
         tensors += [(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
     kinds = sorted({dtype for _, _, dtype, _ in tensors})
     if given.get("quantization_config") or set(kinds) - {"F64", "F32", "F16", "BF16"}:
-        raise ValueError(f"{dir} is quantised (ModelOpt's packed NVFP4 or FP8 weights and their scales; tensors "
-                         f"in {', '.join(kinds)}): load the BF16 checkpoint instead")
+        raise ValueError(f"{dir} is quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds "
+                         f"{', '.join(kinds)}): load the BF16 checkpoint instead")
     config, mtp = Config.from_hf(given), any(name.startswith("mtp.") for _, name, _, _ in tensors)
     if mtp and not config.num_nextn_predict_layers:
         raise ValueError(f"{dir} holds mtp.* tensors, but its config.json has num_nextn_predict_layers 0: "
@@ -126,7 +126,7 @@ def load(dir, dtype=torch.float32, device="cpu"):
         b.zero_()                                                    # the experts' load is in no file
     place, last, seen = model.state_dict() | places(model), None, 0
     for file, name, _, _ in tensors:
-        if file != last or seen > 2 ** 26:                           # a file is a memory map: opening it
+        if file != last or seen > 2 ** 25:                           # a file is a memory map: opening it
             f, last, seen = opened(Path(dir) / file), file, 0        # again lets go of what has been read
         tensor = f.get_tensor(name)
         place[ours(name)].copy_(tensor)

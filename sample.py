@@ -15,14 +15,13 @@ Sources   temperature 1.0 and top-p 0.95 are the released model's own defaults f
 """
 import argparse
 import codecs
-import pickle
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import hf
 from model import Config, Nemotron
@@ -106,37 +105,9 @@ def generate(model, ids, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, sp
     return rows
 
 
-def checkpoints(folder):
-    """Every finished checkpoint of a run, oldest first."""
-    return sorted((Path(folder) / "ckpt").glob("step-*.pt"))
-
-
-def read_run(path, step=0):
-    """The contents of a run's newest checkpoint (or that of `step`), or of one .pt file. A damaged file is named, and
-    the one before it offered."""
-    path = Path(path)
-    files = sorted(path.parent.glob("step-*.pt")) if path.suffix == ".pt" else checkpoints(path)
-    if path.suffix != ".pt":
-        if not files:
-            raise ValueError(f"{path} holds no checkpoint (ckpt/step-*.pt): train one first, python train.py")
-        path = files[0].with_name(f"step-{step:08d}.pt") if step else files[-1]
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; there are the steps " + ", ".join(str(int(f.stem[5:])) for f in files))
-    try:
-        with zipfile.ZipFile(path) as z:                                     # torch.load does not check the checksums
-            if bad := z.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum in {bad}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
-        before = [f for f in files if f.name < path.name]
-        offer = (f"; the one before it is {before[-1]}: sample.py --run takes it, train.py --resume --from-step "
-                 f"{int(before[-1].stem[5:])} goes on from it") if before else ", and there is none before it"
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0][:100]}){offer}") from e
-
-
 def load_run(path, device="cpu"):
     """A run folder or one checkpoint file -> the model in eval mode, its tokenizer, the step."""
-    saved = read_run(path)
+    saved = checkpoint.read(path)
     model = Nemotron(Config(**saved["config"]))
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), data.unpack(saved["tokenizer"]), saved["step"]

@@ -22,26 +22,21 @@ Not here  ranks; the FP4 recipe; document masks: a window may begin in one file 
 Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses) and 2.5 (merging, after arXiv:2507.17634)
 """
 import argparse
-import csv
-import hashlib
-import io
 import json
 import math
-import os
 import platform
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy
 import torch
 
+import checkpoint
 import data
 import latent_moe
 import mtp
+import plot
 import sample
 from model import Config, Nemotron
 
@@ -85,7 +80,10 @@ class Run:
     device: str = knob("auto", "auto | cpu | cuda | mps")
     precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32)")
     threads: int = knob(0, "CPU threads; 0: torch's choice")
-    prompt: str = knob("def ", "what the sample at the end goes on from")
+    prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
+
+    def folder(self):
+        return Path(self.out) / (self.name or self.preset)
 
 # What a preset needs that differs from the above. nano and super: the report's own recipe.
 RECIPES = {
@@ -107,14 +105,6 @@ def learning_rate(t, run):
     if t < fall or fall == run.steps:
         return run.lr
     return run.lr_min + (run.lr - run.lr_min) * (1 - math.sqrt((t - fall) / (run.steps - fall)))
-
-
-def merge_weights(n):
-    """Coefficients of n consecutive checkpoints, oldest first, that stand in for a minus-sqrt decay over them; sum 1.
-
-    With w_i = 1 - sqrt(i/n) the decayed weight of the i-th update, checkpoint j gets w_j - w_{j+1}.
-    """
-    return [math.sqrt((j + 1) / n) - math.sqrt(j / n) for j in range(n)]
 
 
 def losses(model, ids, mask=None):
@@ -177,77 +167,17 @@ def optimiser(model, run):
                              lr=run.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-# ---- the run's folder
-
-def write(path, save):
-    """Calls save(temporary file), then renames it to path: path is always whole, whenever the process is killed."""
-    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sources():
-    """sha256 of this project's own files, and the git commit if there is one: what exactly was run."""
-    here, digest = Path(__file__).resolve().parent, hashlib.sha256()
-    for f in sorted(here.glob("*.py")):
-        digest.update(f.read_bytes())
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True) if (here / ".git").exists() else None
-    return dict(sources_sha256=digest.hexdigest(), git=git.stdout.strip() if git and git.returncode == 0 else None)
-
-
-def plot(rows, share, path):
-    """loss.png: the losses, the balance of the experts over time, and where the tokens of the last interval went."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(15, 4.2), gridspec_kw=dict(width_ratios=(5, 4, 4)), layout="constrained")
-    step = [r["step"] for r in rows]
-    depths = sorted(k for k in rows[0] if k.startswith("mtp"))
-    a.plot(step, [r["train_nats"] for r in rows], label="next token", color="C0", lw=1.6)
-    for i, k in enumerate(depths):
-        a.plot(step, [r[k] for r in rows], label=f"MTP depth {i + 1}: token t+{i + 2}", color=f"C{i + 1}", lw=1)
-    seen = [r for r in rows if r["val_nats"] != ""]
-    a.plot([r["step"] for r in seen], [r["val_nats"] for r in seen], "ko", ms=4, label="next token, validation")
-    for r in seen[-1:]:
-        a.annotate(f"{r['val_bpb']:.2f} bits/byte", (r["step"], r["val_nats"]), (-8, -14), textcoords="offset points", ha="right")
-    a.set(xlabel="step", ylabel="nats per token", title="loss")
-    a.legend(frameon=False)
-    b.plot(step, [r["max_vio"] for r in rows], label="MaxVio, mean over layers")
-    b.plot(step, [r["max_vio_worst"] for r in rows], lw=1, alpha=.6, label="MaxVio, worst layer")
-    b.plot(step, [r["idle"] for r in rows], lw=1, color="C3", label="experts without a token, all layers")
-    b.set(xlabel="step", title="expert balance: busiest / mean - 1", ylim=(0, None))
-    b.legend(frameon=False)
-    if share:
-        image = c.imshow([[n / (sum(row) / len(row)) for n in row] for row in share], aspect="auto", cmap="viridis", vmin=0)
-        c.set(xlabel="expert", ylabel="MoE layer (last row: the MTP block's)" if depths else "MoE layer",
-              yticks=range(len(share)), title="load of each expert / mean, at the end")
-        fig.colorbar(image, ax=c)
-    else:
-        c.set_axis_off()
-    write(path, lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
-
-
-def write_log(path, rows):
-    """log.csv, whole or not at all."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, rows[0])
-    table.writeheader()
-    table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-    write(path, lambda f: f.write(text.getvalue().encode()))
-
-
-def read_log(path):
-    """log.csv as a list of dicts of numbers; an empty cell stays empty."""
-    with open(path, newline="") as f:
-        rows = [{k: v if v == "" else float(v) for k, v in r.items()} for r in csv.DictReader(f)]
-    return [dict(r, step=int(r["step"]), tokens=int(r["tokens"]), idle=int(r["idle"])) for r in rows]
+def backward(model, pieces, counts, run, cast):
+    """Adds up the gradient of the global batch, piece by piece -> nats per target at every depth, balance per sequence."""
+    weights = [1.0] + [run.mtp_loss / (len(counts) - 1)] * (len(counts) - 1)
+    sums, balance = [0.0] * len(counts), 0.0
+    for ids in pieces:
+        with cast():
+            parts = losses(model, ids)
+        even = latent_moe.take_balance(model) / run.batch
+        (sum(w * s / n for w, s, n in zip(weights, parts, counts)) + run.balance * even).backward()
+        sums, balance = [a + b.item() for a, b in zip(sums, parts)], balance + torch.as_tensor(even).item()
+    return [s / n for s, n in zip(sums, counts)], balance
 
 
 def configure(run, vocab):
@@ -267,45 +197,57 @@ def configure(run, vocab):
     return replace(config, **{"vocab_size": vocab, **changes})
 
 
-def experts_path(model, device, cast):
-    """Which of its two ways latent_moe.grouped_mm will take, and why."""
-    if not (moes := latent_moe.layers(model)):
-        return "none"
-    w = moes[0].experts.up_proj
-    with cast():
-        kind = torch.bfloat16 if torch.is_autocast_enabled(device.type) else w.dtype
-    fits = all(latent_moe.torch_can(x.to(kind), x.to(kind)) for x in (w[:1], moes[0].experts.down_proj[:1]))
-    return "F.grouped_mm" if fits else f"a loop over experts (F.grouped_mm does not take {kind} of {tuple(w.shape)} on {device.type})"
+def describe(model, run, device, cast, say):
+    """Says what was built, and which of its ways each idea will take."""
+    c, total = model.config, sum(p.numel() for p in model.parameters())
+    say(f"model      {run.preset}: {c.hybrid_override_pattern}, {total / 1e6:.2f} M parameters"
+        + (f", MTP {c.mtp_hybrid_override_pattern} at {c.mtp_num_layers} depths" if model.mtp else ""))
+    experts = "none"
+    for moe in latent_moe.layers(model)[:1]:
+        with cast():
+            kind = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+        w = [x.detach().to(kind) for x in (moe.experts.up_proj[:1], moe.experts.down_proj[:1])]
+        experts = ("F.grouped_mm" if all(latent_moe.torch_can(x, x) for x in w) else
+                   f"a loop (F.grouped_mm does not take {kind} of {tuple(w[0].shape[1:])} on {device.type})")
+    say(f"paths      scan, convolution, norms, losses: PyTorch; attention: F.scaled_dot_product_attention; experts: {experts}")
+
+
+def about(run, config, corpus, device):
+    """What config.json records: enough to know what was run, on what, and where."""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return dict(run=asdict(run), config=asdict(config), corpus=dict(name=corpus.name, bytes=corpus.size, sha256=corpus.sha256),
+                **checkpoint.sources(), versions=dict(python=platform.python_version(), torch=torch.__version__),
+                hardware=dict(machine=platform.machine(), system=platform.system(), device=str(device), gpu=gpu,
+                              threads=torch.get_num_threads()))
 
 
 def merge(run, say=print):
-    """Averages the last run.merge checkpoints with merge_weights, evaluates each and the average, writes the average."""
-    folder = Path(run.out) / (run.name or run.preset)
-    files = sample.checkpoints(folder)[-run.merge:]
+    """Averages the last run.merge checkpoints, evaluates each of them and the average, and writes the average."""
+    folder = run.folder()
+    files = checkpoint.steps(folder)[-run.merge:]
     if len(files) < run.merge:
         raise ValueError(f"--merge {run.merge}: {folder} has {len(files)} checkpoints")
     device, cast = choose_device(run, say)
-    total, results = None, []
-    for path, c in zip(files, merge_weights(len(files))):
-        saved = sample.read_run(path)
-        if total is None:
-            model = Nemotron(Config(**saved["config"])).to(device)
-            corpus, enc = data.corpus(saved["run"]["data"]), data.unpack(saved["tokenizer"])
-            val, per_id = data.encode(enc, corpus.val), data.token_bytes(enc)
-            total = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in saved["model"].items()}
-        trained = replace(run, **{k: saved["run"][k] for k in ("length", "batch", "micro", "eval_tokens")})
+    first = checkpoint.read(files[0])
+    model = Nemotron(Config(**first["config"])).to(device)
+    corpus, enc = data.corpus(first["run"]["data"]), data.unpack(first["tokenizer"])
+    val, per_id = data.encode(enc, corpus.val), data.token_bytes(enc)
+    total = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in first["model"].items()}
+    results = []
+    def report(name, weight, state):
+        model.load_state_dict(state)
+        nats, bpb = evaluate(model, val, run, per_id, cast)
+        results.append((name, weight, nats, bpb))
+        say(f"{name:>13}   weight {weight:.3f}   validation {nats:.4f} nats/token, {bpb:.4f} bits/byte")
+    for path, c in zip(files, checkpoint.merge_weights(len(files))):
+        saved = checkpoint.read(path)
         for k, v in saved["model"].items():
             total[k] += c * v.double()
-        model.load_state_dict(saved["model"])
-        results.append((f"step {saved['step']}", c, evaluate(model, val, trained, per_id, cast)))
+        report(f"step {saved['step']}", c, saved["model"])
     state = {k: v.to(saved["model"][k].dtype) for k, v in total.items()}
-    model.load_state_dict(state)
-    results.append(("merged", 1.0, evaluate(model, val, trained, per_id, cast)))
-    for name, c, (nats, bpb) in results:
-        say(f"{name:>12}   weight {c:.3f}   validation {nats:.4f} nats/token, {bpb:.4f} bits/byte")
-    first = int(files[0].stem[5:])
-    out = folder / "ckpt" / f"merged-{first:08d}-{saved['step']:08d}.pt"
-    write(out, lambda f: torch.save(dict(saved, model=state, optimizer=None), f))
+    report("merged", 1.0, state)
+    out = folder / "ckpt" / f"merged-{first['step']:08d}-{saved['step']:08d}.pt"
+    checkpoint.write(out, lambda f: torch.save(dict(saved, model=state, optimizer=None), f))
     say(f"wrote {out}; sample.py --run takes it")
     return model, results
 
@@ -313,132 +255,105 @@ def merge(run, say=print):
 # ---- the story
 
 def fit(run, say=print):
-    """Trains (or resumes, or merges) and returns the model and the log, a list of dicts, as in log.csv."""
-    folder = Path(run.out) / (run.name or run.preset)
-    micro = run.micro or run.batch
+    """Trains (or goes on) as `run` says. Returns the model and the log: a list of dicts, the rows of log.csv."""
+    folder, micro, began = run.folder(), run.micro or run.batch, time.perf_counter()
     if run.batch % micro:
         raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}")
     if run.steps < 1 or run.length < 1 or not 0 <= run.warmup <= 1 or not 0 <= run.decay <= 1:
-        raise ValueError(f"need steps >= 1, length >= 1 and shares between 0 and 1, not steps {run.steps}, length {run.length}, "
-                         f"warmup {run.warmup}, decay {run.decay}")
+        raise ValueError(f"need steps >= 1, length >= 1 and shares between 0 and 1, not steps {run.steps}, length "
+                         f"{run.length}, warmup {run.warmup}, decay {run.decay}")
     if not run.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, --name starts another")
-    saved = sample.read_run(folder, run.from_step) if run.resume else None
-    began = time.perf_counter()
+    saved = checkpoint.read(folder, run.from_step) if run.resume else None
     device, cast = choose_device(run, say)
 
-    # 1. Text to ids. The tokenizer is trained on the training split, and travels in the checkpoint.
+    # 1. Text to ids. The tokenizer learns from the training split, and travels in the checkpoint.
     corpus = data.corpus(run.data)
-    enc = data.unpack(saved["tokenizer"]) if saved else data.tokenizer(run.tokenizer, corpus.train)
-    train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
     if saved and saved["corpus_sha256"] != corpus.sha256:
         raise ValueError(f"this is not the text the run was trained on: sha256 {corpus.sha256[:12]}, not {saved['corpus_sha256'][:12]}")
+    enc = data.unpack(saved["tokenizer"]) if saved else data.tokenizer(run.tokenizer, corpus.train)
+    train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
     if len(val) <= run.length:
         raise ValueError(f"the validation split has {len(val)} tokens, fewer than one sequence of {run.length} and its target")
     say("data       " + data.describe(corpus, enc, len(train), len(val)))
 
-    # 2. The model and its optimiser.
-    if saved:
-        config = Config(**saved["config"])
-    else:
-        config = configure(run, data.vocab_size(enc))
+    # 2. The model, its optimiser, and where the run stands.
+    config = Config(**saved["config"]) if saved else configure(run, data.vocab_size(enc))
     model = Nemotron(config, run.seed).to(device)
     opt = optimiser(model, run)
-    start, rows = 0, []
+    start, rows, tokens_of_experts = 0, [], []
     if saved:
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
-        start, rows = saved["step"], [r for r in read_log(folder / "log.csv") if r["step"] <= saved["step"]]
-    total = sum(p.numel() for p in model.parameters())
-    say(f"model      {run.preset}: {config.hybrid_override_pattern}, {total / 1e6:.2f} M parameters"
-        + (f", MTP {config.mtp_hybrid_override_pattern} at {config.mtp_num_layers} depths" if model.mtp else ""))
-    say("paths      scan, conv, norm, loss: PyTorch; attention: scaled_dot_product_attention; experts: "
-        + experts_path(model, device, cast))
+        start = saved["step"]
+        rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["step"] <= start]
+    describe(model, run, device, cast, say)
     (folder / "ckpt").mkdir(parents=True, exist_ok=True)
-    about = dict(run=asdict(run), config=asdict(config), corpus=dict(name=corpus.name, bytes=corpus.size, sha256=corpus.sha256),
-                 parameters=total, **sources(), versions=dict(python=platform.python_version(), torch=torch.__version__,
-                 numpy=numpy.__version__), hardware=dict(machine=platform.machine(), system=platform.system(), device=str(device),
-                 gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, threads=torch.get_num_threads()))
-    write(folder / "config.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+    checkpoint.write(folder / "config.json", lambda f: f.write(json.dumps(about(run, config, corpus, device), indent=1).encode()))
     say(f"run        {folder}: {run.steps} steps of {run.batch} x {run.length} tokens" + (f", from step {start}" if start else ""))
 
-    def save(step):
-        state = dict(model=model.state_dict(), optimizer=opt.state_dict(), step=step, rng=torch.get_rng_state(),
-                     config=asdict(config), run=asdict(run), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256)
-        write(folder / "ckpt" / f"step-{step:08d}.pt", lambda f: torch.save(state, f))
-        for old in sample.checkpoints(folder)[:-run.keep] if run.keep else []:
-            old.unlink()
-
-    # 3. The steps.
-    per_id = data.token_bytes(enc)
+    # 3. The steps. `counts` are the targets of the global batch at depth 0, 1, ..., K.
     counts = mtp.counts(torch.ones(1, run.length, dtype=torch.bool), model.mtp.depths if model.mtp else 0)
-    counts = [n * run.batch for n in counts]                                 # targets in the global batch, by depth
-    weights = [1.0] + [run.mtp_loss / (len(counts) - 1)] * (len(counts) - 1)
-    model.train()
-    share = tally = None
+    counts, per_id = [n * run.batch for n in counts], data.token_bytes(enc)
+    end = min(run.steps, run.stop or run.steps)
     clock, last = time.perf_counter(), start
-    end = min(run.steps, run.stop) if run.stop else run.steps
-    for step in range(start, end):
+    model.train()
+    for step in range(start + 1, end + 1):
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step + 1, run)
+            group["lr"] = learning_rate(step, run)
         ids = data.batch(train, run.seed, step, run.batch, run.length + 1).to(device)
-        parts, balance = torch.zeros(len(counts), device=device), torch.zeros((), device=device)
-        for piece in ids.split(micro):
-            with cast():
-                sums = losses(model, piece)
-            even = latent_moe.take_balance(model)
-            loss = sum(w * s / n for w, s, n in zip(weights, sums, counts)) + run.balance * even / run.batch
-            loss.backward()
-            parts += torch.stack([s.detach() for s in sums])
-            balance += even.detach() if torch.is_tensor(even) else even
+        nats, balance = backward(model, ids.split(micro), counts, run, cast)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip))
-        nats = [float(s) / n for s, n in zip(parts, counts)]
-        if not math.isfinite(norm) or not all(map(math.isfinite, nats)):
-            kept = sample.checkpoints(folder)
-            raise FloatingPointError(f"step {step + 1}: loss {nats[0]}, gradient norm {norm}. The weights are still those of step "
-                                     f"{step}, unsaved; the last checkpoint is {kept[-1] if kept else 'not yet written'}")
+        if not math.isfinite(norm + sum(nats)):
+            kept = checkpoint.steps(folder)
+            raise FloatingPointError(f"step {step}: loss {nats[0]}, gradient norm {norm}; this step was not taken. "
+                                     + (f"The last checkpoint is {kept[-1]}" if kept else "No checkpoint had been written yet"))
         opt.step()
         opt.zero_grad(set_to_none=True)
-        load = [m.load.clone() for m in latent_moe.layers(model)]
-        tally = load if tally is None else [a + b for a, b in zip(tally, load)]
+        loads = torch.stack([m.load for m in latent_moe.layers(model)]) if latent_moe.layers(model) else torch.zeros(0)
+        tokens_of_experts.append(loads)
         vio = latent_moe.update_bias(model, run.bias_rate)
 
-        done = step + 1
-        if done % run.log_every == 0 or done in (1, end) or done == start + 1:
+        # 4. The log: a line now and then, an evaluation and a checkpoint less often.
+        log, look, save = step % run.log_every == 0 or step in (start + 1, end), step % run.eval_every == 0 or step == end, \
+            step % run.save_every == 0 or step == end
+        if log or look:
             now = time.perf_counter()
-            speed, clock, steps, last = now - clock, now, done - last, done
-            rows.append(dict(step=done, tokens=done * run.batch * run.length, seconds=round(now - began, 3),
-                             lr=opt.param_groups[0]["lr"], train_nats=nats[0], val_nats="", val_bpb="",
-                             **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k}, balance=float(balance) / run.batch,
-                             max_vio=sum(v for v, _ in vio) / max(1, len(vio)), max_vio_worst=max((v for v, _ in vio), default=0.0),
-                             idle=sum(n for _, n in vio), grad_norm=norm,
-                             tokens_per_second=steps * run.batch * run.length / speed))
-            share, tally = [t.tolist() for t in tally], None
-            left = (end - done) * speed / steps
-            say(f"step {done:5}/{run.steps}  loss {nats[0]:6.3f}" + "".join(f"  mtp{k} {n:6.3f}" for k, n in enumerate(nats) if k)
-                + f"  lr {rows[-1]['lr']:.1e}  MaxVio {rows[-1]['max_vio']:4.2f}  idle {rows[-1]['idle']}  |g| {norm:5.2f}"
-                + f"  {rows[-1]['tokens_per_second']:7,.0f} tok/s" + (f"  {left:4.0f} s left" if done > 1 else f"  after {now - began:.1f} s"))
-        if done % run.eval_every == 0 or done == end:
-            nats_val, bpb = evaluate(model, val, run, per_id, cast)
-            if rows[-1]["step"] != done:                                     # an evaluation between two logged steps
-                rows.append(dict(rows[-1], step=done, tokens=done * run.batch * run.length, train_nats=nats[0]))
-            rows[-1].update(val_nats=nats_val, val_bpb=bpb)
-            say(f"           validation {nats_val:.4f} nats/token, {bpb:.4f} bits/byte")
-            clock = time.perf_counter()
-        if done % run.save_every == 0 or done == end:
-            save(done)
-            write_log(folder / "log.csv", rows)
+            rate, left = (step - last) * ids.shape[0] * run.length / (now - clock), (end - step) * (now - clock) / (step - last)
+            clock, last = now, step
+            rows.append(dict(step=step, tokens=step * run.batch * run.length, seconds=now - began, lr=learning_rate(step, run),
+                             train_nats=nats[0], val_nats="", val_bpb="", **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k},
+                             balance=balance, max_vio=sum(v for v, _ in vio) / max(1, len(vio)),
+                             max_vio_worst=max((v for v, _ in vio), default=0.0), idle=sum(n for _, n in vio), grad_norm=norm,
+                             tokens_per_second=rate))
+            say(f"step {step:5}/{run.steps}  loss {nats[0]:6.3f}" + "".join(f"  mtp{k} {n:6.3f}" for k, n in enumerate(nats) if k)
+                + f"  lr {rows[-1]['lr']:.1e}  MaxVio {rows[-1]['max_vio']:4.2f}  idle {rows[-1]['idle']:2}  |g| {norm:4.2f}  {rate:6,.0f} tok/s  "
+                + (f"after {now - began:.1f} s" if step == start + 1 else f"{left:4.0f} s left"))
+            shares, tokens_of_experts = sum(tokens_of_experts).tolist(), []
+        if look:
+            rows[-1]["val_nats"], rows[-1]["val_bpb"] = evaluate(model, val, run, per_id, cast)
+            say(f"           validation {rows[-1]['val_nats']:.4f} nats/token, {rows[-1]['val_bpb']:.4f} bits/byte")
+        if save:
+            checkpoint.save(folder, step, dict(
+                model=model.state_dict(), optimizer=opt.state_dict(), step=step, rng=torch.get_rng_state(), config=asdict(config),
+                run=asdict(run), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256), run.keep)
+            checkpoint.write_log(folder / "log.csv", rows)
+            names = [n.removesuffix(".mixer").replace("backbone.layers.", "layer ").replace("mtp.layers.", "MTP ")
+                     for n, m in model.named_modules() if isinstance(m, latent_moe.LatentMoE)]
+            checkpoint.write(folder / "load.json", lambda f: f.write(json.dumps(dict(layers=names, tokens=shares)).encode()))
+        if look or save:
             clock = time.perf_counter()
 
-    # 4. The picture and the sample.
-    if rows:
-        plot(rows, share, folder / "loss.png")
-        say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, {sample.checkpoints(folder)[-1]}; {time.perf_counter() - began:.0f} s in all")
+    # 5. The picture and the sample.
+    if start < end:
+        plot.run(folder)
+        say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, {checkpoint.steps(folder)[-1]}")
     if end == run.steps and run.prompt:
         model.eval()
-        ids = sample.generate(model, [enc.encode_ordinary(run.prompt)], 120, temperature=0.8, top_p=0.95, seed=run.seed)
-        say("sample     (temperature 0.8, top-p 0.95)\n" + b"".join(sample.spell(enc, i) for i in ids[0]).decode("utf-8", "replace"))
+        ids, = sample.generate(model, [enc.encode_ordinary(run.prompt)], 120, temperature=0.8, top_p=0.95, seed=run.seed)
+        say("sample     (temperature 0.8, top-p 0.95)\n" + b"".join(sample.spell(enc, i) for i in ids).decode("utf-8", "replace"))
+    say(f"           {time.perf_counter() - began:.0f} s in all")
     return model, rows
 
 
@@ -455,7 +370,7 @@ def cli(argv=None):
     run = Run(**given)
     try:
         if run.resume or run.merge:
-            folder = Path(run.out) / (run.name or run.preset)
+            folder = run.folder()
             if not (folder / "config.json").is_file():
                 raise ValueError(f"{folder} holds no run (no config.json)")
             old = json.loads((folder / "config.json").read_text())["run"]

@@ -55,7 +55,7 @@ def main(dir):
     from transformers import AutoConfig, NemotronHForCausalLM
     from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
     answers, configs = {}, {}
-    loop = dict(experts_implementation="eager")                              # its loop over experts: any shape will do
+    loop = dict(experts_implementation="eager")                              # its loop over experts, for any shape
     for seed, job in enumerate(json.loads((dir / "jobs.json").read_text())):
         here, ids = dir / job["name"], torch.tensor(job["ids"])
         model, info = NemotronHForCausalLM.from_pretrained(here / "ours", output_loading_info=True, **loop)

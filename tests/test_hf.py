@@ -25,15 +25,15 @@ import hf
 from latent_moe import layers
 from model import Config, Nemotron
 
-# transformers clamps dt from below with time_step_min when it reads several tokens (not when it reads one); neither
-# training nor we do. Set so low it cannot act: what is compared is the model, not that. See test_the_clamp.
+# transformers clamps dt from below at time_step_min when it reads several tokens (and not when it reads one); neither
+# training nor we do. So low it cannot act, and what is compared is the model. test_the_clamp shows it acting.
 TINY = Config(hybrid_override_pattern="MEM*E", vocab_size=96, hidden_size=32, num_attention_heads=4,
               num_key_value_heads=2, head_dim=8, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16, n_groups=2,
               chunk_size=8, n_routed_experts=8, num_experts_per_tok=3, moe_latent_size=16, moe_intermediate_size=24,
               moe_shared_expert_intermediate_size=40, routed_scaling_factor=2.5, intermediate_size=56,
               time_step_min=1e-9, eos_token_id=None)
 SUPER = Config.preset("super")
-CASES = {                                                                    # rows, tokens, what differs from TINY
+CASES = {                                                                # rows, tokens, what differs from TINY
     "2 groups, ragged chunks": (2, 19, {}),
     "4 groups": (3, 33, dict(n_groups=4, chunk_size=16)),
     "one token, a group per head": (1, 1, dict(n_groups=8)),
@@ -42,7 +42,7 @@ CASES = {                                                                    # r
     "22 of 512 experts": (2, 17, dict(n_routed_experts=512, num_experts_per_tok=22, routed_scaling_factor=5.0)),
     "a chunk longer than the text": (2, 37, dict(chunk_size=128)),
     "whole chunks": (2, 24, {}),
-    "no conv bias, 3 taps, unnormalised gates": (2, 15, dict(use_conv_bias=False, conv_kernel=3, norm_topk_prob=False)),
+    "no conv bias, 3 taps, raw gates": (2, 15, dict(use_conv_bias=False, conv_kernel=3, norm_topk_prob=False)),
     "odd sizes": (3, 11, dict(num_attention_heads=6, num_key_value_heads=3, head_dim=14, moe_latent_size=10,
                               moe_intermediate_size=14)),
     "the pattern of Super": (2, 9, dict(hybrid_override_pattern=SUPER.hybrid_override_pattern, n_groups=4)),
@@ -62,13 +62,13 @@ def ids(rows, tokens, seed=0):
 
 
 def far(got, want):
-    """The largest difference, relative to the largest number."""
+    """The largest difference, relative to the largest number; NaN is not <= anything."""
     return float((got - want).abs().max() / want.abs().max())
 
 
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return list(a) == list(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.values(), b.values()))
+    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def world(tmp_path_factory):
         if name == "clamped":
             for block in (models[name].backbone.layers[at] for at in (0, 2)):
                 block.mixer.dt_bias.data.fill_(-9)                           # softplus: 0.00012, a tenth of the clamp
-        hf.save(models[name], dir / name / "ours", shard_bytes=5e4)
+        hf.save(models[name], dir / name / "ours", shard_bytes=5e4 if i % 2 else 5e9)
         jobs.append(dict(name=name, ids=ids(rows, tokens, i).tolist(), config=models[name].config.to_hf()))
     (dir / "jobs.json").write_text(json.dumps(jobs))
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
@@ -145,15 +145,14 @@ def test_what_we_save_is_the_same_model_to_transformers(world, name):
 
 @pytest.mark.parametrize("name", COMPARED)
 @torch.no_grad()
-def test_what_transformers_saves_is_the_same_model_to_us(world, name, capsys):
+def test_what_transformers_saves_is_the_same_model_to_us(world, name):
     _, x, theirs, dir = world[name]
     model = hf.load(dir / "theirs")
-    assert "loading without MTP" in capsys.readouterr().out and model.mtp is None
+    assert model.mtp is None and not model.training                          # transformers knows no MTP
     print(f"\n{name}: {far(model(x), theirs['theirs']):.1e}", end=" ")
     assert far(model(x), theirs["theirs"]) <= 1e-5
     assert torch.equal(greedy(model, x), theirs["theirs.greedy"])
     assert same(hf.load(dir / "stacked"), model)                             # model. and stacked experts
-    assert not model.training
 
 
 @torch.no_grad()
@@ -163,7 +162,7 @@ def test_the_clamp(world):
     assert far(model(x), theirs["ours"]) > 1e-3
     free = Nemotron(replace(model.config, time_step_min=1e-9)).eval()
     free.load_state_dict(model.state_dict())
-    assert torch.equal(free(x), model(x))                                    # to us it means nothing but how dt begins
+    assert torch.equal(free(x), model(x))                                    # to us it is about initial values only
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -183,7 +182,8 @@ def test_this_file_can_fail(world):
             broken = hf.load(dir / "ours")
             change(broken.backbone.layers[0].mixer, broken.backbone.layers[1].mixer)
             return far(broken(x), theirs["ours"])
-        busy = model.backbone.layers[1].mixer.route(torch.randn(1, 99, 32))[0].flatten().bincount().argsort()[-2:]
+        u = torch.randn(1, 99, 32, generator=torch.Generator().manual_seed(0))
+        busy = model.backbone.layers[1].mixer.route(u)[0].flatten().bincount().argsort()[-2:]
         def swap(m, e): e.experts.up_proj[busy] = e.experts.up_proj[busy.flip(0)]
         def unbias(m, e): e.gate.e_score_correction_bias.zero_()
         def drop(m, e): m.conv1d.bias.zero_()
@@ -196,14 +196,16 @@ def test_this_file_can_fail(world):
 
 # The released names
 
-M = """norm.weight [4096]  mixer.in_proj.weight [18560,4096]  mixer.conv1d.weight [10240,1,4]  mixer.conv1d.bias [10240]
-    mixer.A_log [128]  mixer.D [128]  mixer.dt_bias [128]  mixer.norm.weight [8192]  mixer.out_proj.weight [4096,8192]"""
+M = """norm.weight [4096]  mixer.in_proj.weight [18560,4096]  mixer.conv1d.weight [10240,1,4]
+    mixer.conv1d.bias [10240]  mixer.A_log [128]  mixer.D [128]  mixer.dt_bias [128]  mixer.norm.weight [8192]
+    mixer.out_proj.weight [4096,8192]"""
 A = """norm.weight [4096]  mixer.q_proj.weight [4096,4096]  mixer.k_proj.weight [256,4096]
     mixer.v_proj.weight [256,4096]  mixer.o_proj.weight [4096,4096]"""
 E = """norm.weight [4096]  mixer.gate.weight [512,4096]  mixer.gate.e_score_correction_bias [512]
     mixer.fc1_latent_proj.weight [1024,4096]  mixer.fc2_latent_proj.weight [4096,1024]
-    mixer.shared_experts.up_proj.weight [5376,4096]  mixer.shared_experts.down_proj.weight [4096,5376]""" + "".join(
-    f"  mixer.experts.{e}.up_proj.weight [2688,1024]  mixer.experts.{e}.down_proj.weight [1024,2688]" for e in range(512))
+    mixer.shared_experts.up_proj.weight [5376,4096]  mixer.shared_experts.down_proj.weight [4096,5376]"""
+E += "".join(f"  mixer.experts.{e}.up_proj.weight [2688,1024]  mixer.experts.{e}.down_proj.weight [1024,2688]"
+             for e in range(512))
 ATTENTION = 7, 16, 25, 36, 47, 58, 69, 78
 MOE = (1, 3, 5, 8, 10, 12, 14, 17, 19, 21, 23, 26, 28, 30, 32, 34, 37, 39, 41, 43, 45, 48, 50, 52, 54, 56, 59, 61, 63,
        65, 67, 70, 72, 74, 76, 79, 81, 83, 85, 87)
@@ -212,7 +214,8 @@ MOE = (1, 3, 5, 8, 10, 12, 14, 17, 19, 21, 23, 26, 28, 30, 32, 34, 37, 39, 41, 4
 def test_the_census_of_super():
     """Every name and shape of the released checkpoint, written out here from the fact sheet, not from our modules."""
     table = lambda prefix, text: {prefix + n: tuple(json.loads(s)) for n, s in re.findall(r"(\S+) (\[\S+\])", text)}
-    want = table("", "backbone.embeddings.weight [131072,4096]  backbone.norm_f.weight [4096]  lm_head.weight [131072,4096]")
+    want = table("", "backbone.embeddings.weight [131072,4096]  backbone.norm_f.weight [4096]")
+    want |= table("", "lm_head.weight [131072,4096]")
     for at in range(88):
         want |= table(f"backbone.layers.{at}.", A if at in ATTENTION else E if at in MOE else M)
     want |= table("mtp.layers.0.", A + "  enorm.weight [4096]  hnorm.weight [4096]  eh_proj.weight [4096,8192]")
@@ -280,7 +283,7 @@ def test_bf16(tmp_path):
     assert same(hf.load(tmp_path / "again", dtype=torch.bfloat16), half)
     wide = hf.load(tmp_path / "half")                                        # bf16 numbers, fp32 arithmetic
     assert {t.dtype for t in wide.state_dict().values()} == {torch.float32}
-    assert half(x).dtype == torch.float32 and rms(half(x), wide(x)) < .2     # a near-tie decided otherwise costs that much
+    assert half(x).dtype == torch.float32 and rms(half(x), wide(x)) < .2     # a near-tie of experts can cost that
     assert {t.dtype for t in hf.load(tmp_path / "half", torch.float64).state_dict().values()} == {torch.float64}
 
 
@@ -344,7 +347,8 @@ D, UP = "backbone.layers.0.mixer.D", "backbone.layers.1.mixer.experts.3.up_proj.
     (add(rotary__inv_freq=torch.ones(3)), ["unexpected   rotary.inv_freq"]),
     (add(backbone__layers__1__mixer__experts__8__up_proj__weight=torch.ones(24, 16)), ["unexpected", "experts.8.up"]),
     (add(mtp__layers__2__norm__weight=torch.ones(32)), ["unexpected   mtp.layers.2.norm.weight"]),
-    (lambda t: t | {D: torch.ones(9), UP: torch.ones(16, 24)}, [f"wrong shape  {D} [9]", "[8]", f"{UP} [16, 24]", "[24, 16]"]),
+    (lambda t: t | {D: torch.ones(9), UP: torch.ones(16, 24)},
+     ["2 tensors", f"wrong shape  {D} [9], the config makes it [8]", f"{UP} [16, 24], the config makes it [24, 16]"]),
     (add(model__layers__0__mixer__D=torch.ones(8)), [f"twice        {D}"]),
     (add(backbone__layers__1__mixer__experts__up_proj=torch.ones(8, 24, 16)), ["8 tensors", f"twice        {UP}"]),
     (lambda t: {"transformer." + n: v for n, v in t.items()}, ["missing", "... and "]),
@@ -359,12 +363,12 @@ def test_tensors_that_do_not_fit_are_all_named(saved, change, words):
 
 
 @pytest.mark.parametrize("change,config,word", [
-    (lambda t: None, dict(num_nextn_predict_layers=0), "mtp.* tensors, but its config.json has num_nextn_predict_layers 0"),
+    (lambda t: None, dict(num_nextn_predict_layers=0), "but its config.json has num_nextn_predict_layers 0"),
     (lambda t: None, dict(quantization_config=dict(quant_algo="MIXED_PRECISION")), "quantised"),
     (add(x__weight=torch.zeros(4, 4, dtype=torch.uint8), x__weight_scale=torch.zeros(4).to(torch.float8_e4m3fn)), {},
-     "quantised (ModelOpt's packed NVFP4 or FP8 weights and their scales; tensors in F32, F8_E4M3, U8)"),
+     "quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds F32, F8_E4M3, U8)"),
     (lambda t: None, dict(time_step_limit=[0.01, 1.0]), "time_step_limit"),
-    (lambda t: None, dict(mamba_rms_norm=True, attention_bias=True), "attention_bias=True (only False is implemented)"),
+    (lambda t: None, dict(attention_bias=True), "attention_bias=True (only False is implemented)"),
     (lambda t: None, dict(mamba_rms_norm=True), "mamba_rms_norm=True (unknown field)"),
     (lambda t: None, dict(hybrid_override_pattern="MEX*E"), "not X"),
     (lambda t: None, dict(n_groups=3), "not a multiple of n_groups=3"),
@@ -391,7 +395,8 @@ def test_damaged_files_are_named(saved, tmp_path):
             hf.load(saved)
         assert all(word in str(e.value) for word in words) and len(str(e.value).splitlines()) == 1, e.value
     data = (saved / hf.SINGLE).read_bytes()
-    for part in (data[:-1], data[:len(data) // 2], data[:100], data[:5], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"                # what a clone without LFS leaves there
+    for part in (data[:-1], data[:len(data) // 2], data[:100], data[:5], b"", pointer):
         (saved / hf.SINGLE).write_bytes(part)
         says(str(saved / hf.SINGLE), "truncated")
     (saved / hf.SINGLE).unlink()
@@ -418,9 +423,9 @@ def test_two_models_in_one_directory(saved):
 
 # config.json, of both generations
 
-RELEASED = json.loads("""{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "attention_bias": false,
-    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 131072,
-    "hidden_size": 4096, "num_hidden_layers": 88, "hybrid_override_pattern":
+RELEASED = json.loads("""{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
+    "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": 131072, "hidden_size": 4096, "num_hidden_layers": 88, "hybrid_override_pattern":
     "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME", "hidden_dropout": 0.0,
     "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 262144,
     "partial_rotary_factor": 1.0, "rope_theta": 10000, "sliding_window": null, "tie_word_embeddings": false,
@@ -478,7 +483,7 @@ print(json.dumps(out))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_there_are_never_two_copies(tmp_path):
-    config = replace(TINY, hybrid_override_pattern="MEEE", vocab_size=20_000, hidden_size=512, n_routed_experts=64,
+    config = replace(TINY, hybrid_override_pattern="MEEE", vocab_size=8_000, hidden_size=512, n_routed_experts=96,
                      moe_latent_size=128, moe_intermediate_size=768, num_nextn_predict_layers=0)
     model = Nemotron(config)
     size = sum(t.nbytes for t in model.state_dict().values())
@@ -489,7 +494,7 @@ def test_there_are_never_two_copies(tmp_path):
     before, loaded, saved, careless = json.loads(run.stdout)
     print(f"\nmodel {size / 1e6:.0f} MB; peak grew by {(loaded - before) / 1e6:.0f} MB in load, by "
           f"{(saved - loaded) / 1e6:.0f} MB more in save, by {(careless - saved) / 1e6:.0f} MB more the careless way")
-    assert size > 2e8 and loaded - before < 1.45 * size                      # one copy, and 64 MB of file
+    assert size > 2e8 and loaded - before < 1.35 * size                      # one copy, and about 32 MB of the file
     assert saved - loaded < 0.1 * size
     assert careless - before > 1.6 * size                                    # this test can fail
 
@@ -499,9 +504,10 @@ def test_there_are_never_two_copies(tmp_path):
 def test_main(saved, capsys):
     hf.main([])
     out = capsys.readouterr().out
-    for line in (r"360  backbone.layers.M\b", r"40  backbone.layers.\*", r"41,240  backbone.layers.E", "1,040  mtp\n", "3  others",
-                 "42,683  in all", r"20,480  backbone.layers.E.mixer.experts.e.up_proj.weight +\[2688, 1024\]"):
-        assert re.search(r"^ *" + line, out, re.M), line
+    for line in (r"360  backbone.layers.M", r"40  backbone.layers.\*", r"41,240  backbone.layers.E", "1,040  mtp",
+                 r"20,480  backbone.layers.E.mixer.experts.e.up_proj.weight +\[2688, 1024\]", "3  others",
+                 "42,683  in all"):
+        assert re.search(rf"^ *{line}$", out, re.M), line
     assert re.search(r"loaded again: (\d+) of \1 tensors equal bit for bit", out)
     hf.main([str(saved)])
     assert "every tensor has its place" in capsys.readouterr().out

@@ -194,6 +194,14 @@ def test_causal_conv_is_a_loop(k, t, bias, carried):
         assert rms(y[:, i], v * torch.sigmoid(v)) <= 1e-12
 
 
+@pytest.mark.parametrize("t", [1, 6])
+def test_causal_conv_gradients(t):
+    r = torch.Generator().manual_seed(t)
+    f = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: causal_conv(*a)[0], (f(2, t, 3), f(3, 1, 4), f(3), f(2, 3, 3)))
+    assert torch.autograd.gradcheck(lambda x, w: causal_conv(x, w, None)[0], (f(2, t, 3), f(3, 1, 2)))
+
+
 def gated_norm(y, z, weight, groups, eps, gate_first=True):
     gate, out = z * torch.sigmoid(z), torch.empty_like(y)
     v = y * gate if gate_first else y

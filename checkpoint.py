@@ -1,0 +1,157 @@
+"""
+A run on disk, written so that a kill at any moment loses nothing that was already there.
+
+    runs/<name>/config.json          the run's settings, the model's config, hashes, versions, hardware
+    runs/<name>/log.csv, load.json   one row per logged step; where the experts' tokens went in the last interval
+    runs/<name>/ckpt/step-*.pt       model, optimiser, step, random state, tokenizer: all it takes to go on, bit for bit
+
+Every file is written under another name, forced to the disk, and then renamed: the rename is the moment it exists. Every
+checkpoint is a zip archive with a checksum per tensor, which torch.save writes, torch.load ignores, and `read` checks.
+
+Merging: the average of the last checkpoints of a run at constant learning rate stands in for a run that decays it. An
+average of theta_j = theta_0 + (updates 1 ... j) gives update i the weight w_i = sum of the coefficients c_j over j >= i,
+so the coefficients that imitate a decay curve w_0 = 1 >= w_1 >= ... are its differences: c_j = w_j - w_{j+1}.
+
+Not here  models over many ranks; what is in a checkpoint, which train.py decides
+Sources   arXiv:2604.12374 section 2.5 and arXiv:2507.17634 (merging; the parametrisation i/n of the curve is ours)
+"""
+import csv
+import hashlib
+import io
+import math
+import os
+import pickle
+import subprocess
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+def write(path, save):
+    """Calls save(f) on a temporary file, then renames it to path: path is whole, or still what it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())                             # on the disk before the name is
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def steps(folder):
+    """Every finished checkpoint of a run, oldest first."""
+    return sorted((Path(folder) / "ckpt").glob("step-*.pt"))
+
+
+def number(path):
+    """The step in a checkpoint's name."""
+    return int(path.stem.split("-")[1])
+
+
+def save(folder, step, state, keep=0):
+    """Writes ckpt/step-*.pt; then, and only then, removes all but the newest `keep` (0: removes none)."""
+    (folder / "ckpt").mkdir(parents=True, exist_ok=True)
+    for left in (folder / "ckpt").glob("*.tmp"):             # of a process that was killed
+        left.unlink()
+    path = folder / "ckpt" / f"step-{step:08d}.pt"
+    write(path, lambda f: torch.save(state, f))
+    for old in steps(folder)[:-keep] if keep else []:
+        old.unlink()
+    return path
+
+
+def read(path, step=0):
+    """A run's newest checkpoint (or that of `step`), or one .pt file. ValueError names a damaged one, and the one before."""
+    path = Path(path)
+    files = sorted(path.parent.glob("step-*.pt")) if path.suffix == ".pt" else steps(path)
+    if path.suffix != ".pt":
+        if not files:
+            raise ValueError(f"{path} holds no checkpoint (ckpt/step-*.pt): train one first, python train.py")
+        path = files[0].with_name(f"step-{step:08d}.pt") if step else files[-1]
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; there are the steps {', '.join(str(number(f)) for f in files) or '(none)'}")
+    try:
+        with zipfile.ZipFile(path) as z:
+            if bad := z.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+        before = [f for f in files if f.name < path.name]
+        offer = (f"; the one before it is {before[-1]}: train.py --resume --from-step {number(before[-1])} goes on from it"
+                 if before else ", and there is none before it")
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0][:80]}){offer}") from e
+
+
+def write_log(path, rows):
+    """Rows (dicts with the same keys) as a csv, whole or not at all."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0])
+    table.writeheader()
+    table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+    write(path, lambda f: f.write(text.getvalue().encode()))
+
+
+def read_log(path):
+    """A csv as a list of dicts of numbers; an empty cell stays empty."""
+    number = lambda v: v if v == "" else float(v) if set(v) & set(".enai") else int(v)
+    with open(path, newline="") as f:
+        return [{k: number(v) for k, v in r.items()} for r in csv.DictReader(f)]
+
+
+def sources():
+    """What exactly was run: sha256 of this project's own files, and the git commit if there is one."""
+    here, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    for f in sorted(here.glob("*.py")):
+        digest.update(f.read_bytes())
+    commit = None
+    if (here / ".git").exists():
+        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() if git.returncode == 0 else None
+    return dict(sources_sha256=digest.hexdigest(), git=commit)
+
+
+def merge_weights(n):
+    """Coefficients of n consecutive checkpoints, oldest first, that imitate a minus-sqrt decay over them; their sum is 1."""
+    w = [1 - math.sqrt(i / n) for i in range(n + 1)]         # 1 ... 0
+    return [w[j] - w[j + 1] for j in range(n)]
+
+
+def main():
+    """Prints the point: a writer killed at random moments never leaves a broken file; a flipped bit does not pass."""
+    import random
+    import sys
+    import tempfile
+    import time
+    with tempfile.TemporaryDirectory() as d:
+        folder = Path(d)
+        save(folder, 1, dict(w=torch.zeros(2_000_000)))
+        writer = ("import sys, torch, checkpoint, pathlib\nprint(flush=True)\n"
+                  "n = 1 + checkpoint.number(checkpoint.steps(sys.argv[1])[-1])\n"
+                  "while True:\n    checkpoint.save(pathlib.Path(sys.argv[1]), n, dict(w=torch.full((2_000_000,), float(n))), keep=2)\n    n += 1")
+        for attempt in range(3):
+            p = subprocess.Popen([sys.executable, "-c", writer, d], stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent)
+            p.stdout.readline()
+            time.sleep(random.uniform(.2, .5))
+            p.kill()
+            p.wait()
+            w = read(folder)["w"]
+            print(f"killed while writing: step {number(steps(folder)[-1])} is the newest, whole and consistent: "
+                  f"{bool((w == w[0]).all())}; unfinished files: {len(list((folder / 'ckpt').glob('*.tmp')))}")
+        path = steps(folder)[-1]
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+        try:
+            read(folder)
+        except ValueError as e:
+            print("one bit flipped:", str(e).replace(d, "..."))
+    print("\nweights that imitate a minus-sqrt decay, oldest checkpoint first:")
+    for n in (2, 5, 10):
+        print(f"  {n:2} checkpoints  " + " ".join(f"{c:.3f}" for c in merge_weights(n)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""
+The picture of a run: its losses, the balance of its experts over time, and where the experts' tokens went in the end.
+
+    python plot.py runs/toy                 draws runs/toy/loss.png again, from log.csv and load.json
+    python plot.py runs/a runs/b out.png    the validation curves of several runs in one picture
+
+Not here  anything that is not already on disk: a picture can always be drawn again without training
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import checkpoint
+
+
+def run(folder):
+    """Draws loss.png of one run folder."""
+    rows = checkpoint.read_log(folder / "log.csv")
+    load = json.loads((folder / "load.json").read_text())
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(15, 4.3), width_ratios=(5, 4, 4), layout="constrained")
+    step = [r["step"] for r in rows]
+    names = [("train_nats", "next token")] + [(f"mtp{k}_nats", f"MTP depth {k}: token t+{k + 1}")
+                                              for k in range(1, 9) if f"mtp{k}_nats" in rows[0]]
+    for i, (key, label) in enumerate(names):
+        a.plot(step, [r[key] for r in rows], f"C{i}", label=label, lw=1.8 if i == 0 else 1)
+    seen = [r for r in rows if r["val_nats"] != ""]
+    a.plot([r["step"] for r in seen], [r["val_nats"] for r in seen], "ko", ms=4, label="next token, validation")
+    for r in seen[-1:]:
+        a.annotate(f"{r['val_bpb']:.2f} bits/byte", (r["step"], r["val_nats"]), (-6, -16), textcoords="offset points", ha="right")
+    a.set(xlabel="step", ylabel="nats per token", title="Loss")
+    a.legend(frameon=False)
+
+    b.plot(step, [r["max_vio_worst"] for r in rows], "C1", lw=1, label="worst layer")
+    b.plot(step, [r["max_vio"] for r in rows], "C0", lw=1.8, label="mean over layers")
+    b.set(xlabel="step", ylabel="MaxVio = busiest expert / mean - 1", title="Balance of the experts", ylim=(0, None))
+    b.legend(frameon=False)
+    if any(r["idle"] for r in rows):
+        right = b.twinx()
+        right.plot(step, [r["idle"] for r in rows], "C3:", lw=1)
+        right.set(ylabel="experts without a token in the step, all layers (dotted)", ylim=(0, None))
+
+    if load["tokens"]:
+        image = c.imshow([[n / (sum(row) / len(row)) for n in row] for row in load["tokens"]], aspect="auto", cmap="viridis", vmin=0)
+        c.set(xlabel="expert", title="Load of each expert / mean, last interval")
+        c.set_yticks(range(len(load["layers"])), load["layers"])
+        fig.colorbar(image, ax=c)
+    else:
+        c.set_axis_off()
+    checkpoint.write(folder / "loss.png", lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+
+
+def compare(folders, out):
+    """Draws the validation loss of several runs, in bits per byte, against tokens and against seconds."""
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.3), sharey=True, layout="constrained")
+    for folder in folders:
+        rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["val_bpb"] != ""]
+        for ax, x in zip(axes, ("tokens", "seconds")):
+            ax.plot([r[x] for r in rows], [r["val_bpb"] for r in rows], ".-", label=folder.name)
+            ax.set(xlabel=x)
+    axes[0].set(ylabel="validation, bits per byte")
+    axes[0].legend(frameon=False)
+    checkpoint.write(Path(out), lambda f: fig.savefig(f, format="png", dpi=120))
+    plt.close(fig)
+
+
+def main(argv):
+    folders = [Path(a) for a in argv if not a.endswith(".png")]
+    out = [a for a in argv if a.endswith(".png")]
+    lacking = [f for f in folders if not (f / "log.csv").is_file()]
+    if not folders or lacking or len(out) > 1 or (len(folders) > 1) != bool(out):
+        sys.exit(f"plot.py: {lacking[0]} holds no log.csv" if lacking else "usage: plot.py RUN   or   plot.py RUN RUN ... OUT.png")
+    if out:
+        compare(folders, out[0])
+    else:
+        run(folders[0])
+    print(out[0] if out else folders[0] / "loss.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
