@@ -43,8 +43,8 @@ TASKS = ("recall", "copy", "arithmetic")
 class Corpus(NamedTuple):
     """`size` in bytes; `sha256` of them all, or of 256 evenly spread MiB if token files hold more."""
     name: str
-    train: Any                                                               # str, or an array of ids
-    val: Any
+    train: object                                                            # str, or an array of ids
+    val: object
     size: int
     sha256: str
 
@@ -91,19 +91,14 @@ def standard_library():
     """The running Python's own source: on every machine, without a download -> name, text.
 
     Files come in the order of their path's hash: the last 5 % is a fair sample, not the alphabet's end."""
-    root, found, texts = Path(sysconfig.get_path("stdlib")), [], []
-    for folder, folders, files in os.walk(root):
-        here = Path(folder).relative_to(root)
-        ours = lambda name: here.parts or name in sys.stdlib_module_names    # not what pip or the build added
-        folders[:] = [f for f in folders if ours(f) and f not in ("test", "tests", "idlelib")]
-        found += [(here / f).as_posix() for f in files if f.endswith(".py") and ours(f[:-3])]
-    for f in sorted(found, key=lambda f: hashlib.sha256(f.encode()).digest()):
-        try:
-            texts.append(read(root / f))
-        except ValueError:
-            pass                                                             # not UTF-8: counted in the name
-    skipped = f", {len(found) - len(texts)} not UTF-8" if len(texts) < len(found) else ""
-    return f"python {platform.python_version()} ({len(texts)} files{skipped})", "\n\n".join(texts)
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    for name in sys.stdlib_module_names:                                     # not what pip or the build added
+        paths = [root / f"{name}.py", *(root / name).rglob("*.py")]
+        found += [p.relative_to(root) for p in paths if p.is_file()]
+    found = [p.as_posix() for p in found if not {"test", "tests", "idlelib"} & set(p.parts)]
+    found.sort(key=lambda f: hashlib.sha256(f.encode()).digest())
+    texts = [(root / f).read_text("utf-8", "replace") for f in found]
+    return f"python {platform.python_version()} ({len(texts)} files)", "\n\n".join(texts)
 
 
 # 2. Token files, memory-mapped: 10 GB cost nothing until a window of them is read
@@ -252,12 +247,12 @@ def download(name, shards=1):
                     raise ValueError(f"{URLS[name]}{there} has sha256 {got}, not {SHAKESPEARE}")
             elif layout(part)[2] == 0:                     # no checksum is published, so header and count
                 raise ValueError(f"{URLS[name]}{there} does not start like a token file")
-            os.replace(part, path)
+            part.replace(path)
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def main():
-    """Prints what the file claims: what a tokenizer buys, a batch that is a function, what a task costs."""
+    """Prints what the file claims: a batch is a function, and what a task costs."""
     parser = argparse.ArgumentParser(description="Bare: this file's ideas in numbers.", allow_abbrev=False)
     parser.add_argument("--download", choices=list(URLS), help="fetch a corpus into data/, and nothing else")
     parser.add_argument("--shards", type=int, default=1, help="training files of fineweb, 100 M tokens each")
@@ -265,26 +260,18 @@ def main():
     if args.download:
         return download(args.download, args.shards)
 
-    text, line = corpus("python"), "    def get(self, key, default=None):\n        return"
-    print("tokenizer   train s  encode s      tokens  bytes/token   a line of code, cut by it")
-    for spec in ("bytes", "bpe:512", "bpe:2048", "bpe:8192"):
-        start = time.perf_counter()
-        enc = tokenizer(spec, text.train)
-        trained = time.perf_counter()
-        train, val = encode(enc, text.train), encode(enc, text.val)
-        took, n = time.perf_counter() - trained, len(train) + len(val)
-        cut = "|".join(repr(enc.decode([i]))[1:-1] for i in encode(enc, line))
-        print(f"{spec:10}{trained - start:9.1f}{took:10.1f}{n:12,}{text.size / n:13.2f}   {cut[:56]}")
-    print("\n" + describe(text, enc, len(train), len(val)))
-
-    whole = batch(train, seed=0, step=7, size=4, length=6)
-    right, left = (batch(train, 0, 7, 4, 6, rank=r, world=2) for r in (1, 0))
-    print(f"\nbatch(seed 0, step 7) of 4 sequences of 6\n{whole}\n"
-          f"  drawn again it is the same: {torch.equal(whole, batch(train, 0, 7, 4, 6))}\n"
-          f"  rank 0 of 2 above rank 1:   {torch.equal(whole, torch.cat([left, right]))}\n"
-          f"  step 8 is the same:         {torch.equal(whole, batch(train, 0, 8, 4, 6))}")
-
-    print("\ntask          floor      xz   bits/byte: what a perfect model pays, what a compressor pays")
+    text = corpus("python")
+    enc = tokenizer("bpe:2048", text.train)
+    train, val = encode(enc, text.train), encode(enc, text.val)
+    whole = batch(train, seed=0, step=7, size=4, length=20)
+    halves = torch.cat([batch(train, 0, 7, 4, 20, rank=r, world=2) for r in range(2)])
+    print(describe(text, enc, len(train), len(val)) + "\n\nbatch(seed 0, step 7) of 4 sequences of 20")
+    for i, row in enumerate(whole.tolist()):
+        print(f"  rank {i // 2} of 2   {enc.decode(row)!r}")
+    print(f"  drawn again it is the same: {torch.equal(whole, batch(train, 0, 7, 4, 20))}\n"
+          f"  rank 0 of 2 above rank 1:   {torch.equal(whole, halves)}\n"
+          f"  step 8 is the same:         {torch.equal(whole, batch(train, 0, 8, 4, 20))}\n\n"
+          "task          floor      xz   bits/byte: what a perfect model pays, what a compressor pays")
     for name in TASKS:
         raw = task(name)
         xz = 8 * len(lzma.compress(raw.encode())) / len(raw)

@@ -22,7 +22,7 @@ Letters   E experts  f expert hidden  l latent (the model width where there is n
 Not here  quantised checkpoints (NVFP4, FP8): refused
 Sources   names of the released checkpoint; conversion_mapping.py of transformers 5.23
 Departs   1. A_log, D, dt_bias and the router stay fp32; of these the release stores only the router's bias so
-          2. config.json does not say at how many depths MTP was trained: load takes Super's two
+          2. config.json says at how many depths MTP was trained (mtp_num_layers); without it, two as in Super
 """
 import argparse
 import json

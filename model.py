@@ -39,6 +39,9 @@ IGNORED = set("""architectures model_type num_hidden_layers auto_map dtype torch
 FIXED = dict(attention_bias=False, mlp_bias=False, use_bias=False, mamba_proj_bias=False, attention_dropout=0.0,
              hidden_dropout=0.0, tie_word_embeddings=False, residual_in_fp32=False, sliding_window=None, n_group=1,
              topk_group=1, n_shared_experts=1, mlp_hidden_act="relu2", mamba_hidden_act="silu")
+REQUIRED = """vocab_size hidden_size num_attention_heads num_key_value_heads head_dim mamba_num_heads mamba_head_dim
+    ssm_state_size n_groups conv_kernel n_routed_experts num_experts_per_tok moe_intermediate_size
+    moe_shared_expert_intermediate_size routed_scaling_factor""".split()
 UNCLAMPED = str([0.0, {"__float__": "Infinity"}])       # as transformers writes it
 HF_WORDS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-"}
 
@@ -107,6 +110,7 @@ class Config:
     @staticmethod
     def from_hf(given):
         """A config.json, either generation of it, as a Config; ValueError names the fields that cannot be honoured."""
+        model_type, layers = given.get("model_type", "nemotron_h"), given.get("num_hidden_layers")
         given = {k: v for k, v in given.items() if k not in IGNORED}
         if str(given.pop("time_step_limit", None)) not in ("None", "[0.0, inf]", "(0.0, inf)", UNCLAMPED):
             raise ValueError("time_step_limit asks to clamp dt: the model was trained without, and is run without")
@@ -116,8 +120,13 @@ class Config:
                 if unknown := sorted(set(words) - set(HF_WORDS)):
                     raise ValueError(f"{prefix}layers_block_type holds {', '.join(unknown)}; known: {', '.join(HF_WORDS)}")
                 given[prefix + "hybrid_override_pattern"] = "".join(HF_WORDS[w] for w in words)
-        if "hybrid_override_pattern" not in given:
-            raise ValueError("config.json has neither hybrid_override_pattern nor layers_block_type: not a NemotronH model")
+        if model_type != "nemotron_h" or "hybrid_override_pattern" not in given:
+            raise ValueError(f"config.json describes a {model_type!r} without a layer pattern, not a nemotron_h model"
+                             if "hybrid_override_pattern" not in given else f"model_type {model_type!r} is not nemotron_h")
+        if layers not in (None, len(given["hybrid_override_pattern"])):
+            raise ValueError(f"num_hidden_layers={layers}, but the pattern has {len(given['hybrid_override_pattern'])} letters")
+        if lacking := [k for k in REQUIRED if k not in given]:
+            raise ValueError(f"config.json lacks {', '.join(lacking)}: no default would be right")
         given.setdefault("moe_latent_size", None)                            # absent in Nano's, and then not used
         given.setdefault("num_nextn_predict_layers", 0)
         refused = [f"{k}={given[k]!r} (only {v!r} is implemented)" for k, v in FIXED.items() if given.get(k, v) != v]
@@ -129,7 +138,7 @@ class Config:
 
     def to_hf(self):
         """The dict to write as config.json: what transformers' NemotronHConfig and other loaders read."""
-        ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mtp_num_layers"}
+        ours = {f.name: getattr(self, f.name) for f in fields(self)}
         return dict(architectures=["NemotronHForCausalLM"], model_type="nemotron_h", num_hidden_layers=self.num_hidden_layers,
                     expand=2, use_mamba_kernels=True, use_cache=True, num_logits_to_keep=1, norm_eps=self.layer_norm_epsilon,
                     mamba_ssm_cache_dtype="float32", rescale_prenorm_residual=True, dtype="float32", **FIXED, **ours)
