@@ -7,34 +7,34 @@ Data: a batch is a pure function of (seed, step, rank).
 
 So a run that resumes at step 1000 needs no data state, and two ranks of half a batch see what one rank sees.
 
-Every machine has two kinds of corpus without a download: `python`, the source of its own standard library,
-and three tasks, lines so regular that entropy_floor knows the bits per byte a perfect model would pay.
+Two kinds of corpus need no download: `python`, the source of the running Python's standard library, and three
+synthetic tasks, lines so regular that entropy_floor knows the bits per byte a perfect model would pay.
 
-Not here  the network, except in `python data.py --download NAME`; documents: files are joined by a blank
-          line, and windows cross them
+Not here  the network, except with --download; documents: a blank line joins files, and windows cross it
 Sources   llm.c, nanoGPT (token files); Salmon et al. 2011 (Philox)
 """
 import argparse
 import glob
-import hashlib
-import lzma
 import math
-import platform
 import re
 import shutil
 import sys
 import sysconfig
 import urllib.request
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# Files that use data need no second import: data is the door to the tokenizer too.
+# data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so on.
 from tokenizer import encode, pack, token_bytes, tokenizer, unpack, vocab_size
 
 DATA = Path(__file__).resolve().parent / "data"                              # where --download writes
+URLS = {"shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+        "fineweb": "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"}
+SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"     # its sha256
 TASKS = ("recall", "copy", "arithmetic")
 
 
@@ -56,15 +56,15 @@ def corpus(spec):
         return text_corpus(spec, task(spec))
     if spec == "python":
         return text_corpus(*standard_library())
-    if spec in ("shakespeare", "fineweb"):
-        paths = sorted(DATA.glob("shakespeare.txt" if spec == "shakespeare" else "fineweb_*.bin"))
-        if not paths:
-            raise ValueError(f"{spec} is not in {DATA}; fetch it once with: python data.py --download {spec}")
+    if spec in URLS:
+        paths = DATA.glob("shakespeare.txt" if spec == "shakespeare" else "fineweb_*.bin")
     elif path.is_dir():
-        paths = [p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py") and p.is_file()]
-        paths.sort(key=lambda p: p.relative_to(path).as_posix())
+        paths = (p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py") and p.is_file())
     else:
-        paths = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(spec, recursive=True))]
+        paths = [path] if path.is_file() else map(Path, glob.glob(spec, recursive=True))
+    paths = sorted(paths, key=Path.as_posix)
+    if not paths and spec in URLS:
+        raise ValueError(f"{spec} is not in {DATA}; fetch it once with: python data.py --download {spec}")
     if not paths:
         raise ValueError(f"corpus {spec!r} is no file, no folder with .txt, .md or .py files, and none of "
                          f"python, shakespeare, fineweb, {', '.join(TASKS)}")
@@ -77,7 +77,7 @@ def text_corpus(name, text):
     cut, raw = len(text) * 95 // 100, text.encode()                          # between characters, not bytes
     if cut == 0:
         raise ValueError(f"corpus {name!r} is empty: {len(raw)} bytes leave nothing to train on")
-    return Corpus(name, text[:cut], text[cut:], len(raw), hashlib.sha256(raw).hexdigest())
+    return Corpus(name, text[:cut], text[cut:], len(raw), sha256(raw).hexdigest())
 
 
 def read(path):
@@ -91,14 +91,13 @@ def standard_library():
     """The running Python's own source: on every machine, without a download -> name, text.
 
     Files come in the order of their path's hash: the last 5 % is a fair sample, not the alphabet's end."""
-    root, found = Path(sysconfig.get_path("stdlib")), []
-    for name in sys.stdlib_module_names:                                     # not what pip or the build added
-        paths = [root / f"{name}.py", *(root / name).rglob("*.py")]
-        found += [p.relative_to(root) for p in paths if p.is_file()]
-    found = [p.as_posix() for p in found if not {"test", "tests", "idlelib"} & set(p.parts)]
-    found.sort(key=lambda f: hashlib.sha256(f.encode()).digest())
-    texts = [(root / f).read_text("utf-8", "replace") for f in found]
-    return f"python {platform.python_version()} ({len(texts)} files)", "\n\n".join(texts)
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [p.relative_to(root) for name in sys.stdlib_module_names         # not what pip or the build added
+             for p in (root / f"{name}.py", *(root / name).rglob("*.py")) if p.is_file()]
+    files = [p for p in files if not {"test", "tests", "idlelib"} & set(p.parts)]
+    files.sort(key=lambda p: sha256(p.as_posix().encode()).digest())
+    text = "\n\n".join((root / p).read_text("utf-8", "replace") for p in files)
+    return f"python {sys.version.split()[0]} ({len(files)} files)", text
 
 
 # 2. Token files, memory-mapped: 10 GB cost nothing until a window of them is read
@@ -119,7 +118,7 @@ def layout(path):
 
 def token_corpus(name, paths):
     """If some files have the word `val` in their names, those are validation; else the last 5 % is."""
-    ids, size, seen = {}, sum(p.stat().st_size for p in paths), hashlib.sha256()
+    ids, size, seen = {}, sum(p.stat().st_size for p in paths), sha256()
     for p in paths:
         kind, count, offset = layout(p)
         ids[p] = np.asarray(np.memmap(p, kind, "r", offset, count) if count else np.empty(0, kind))
@@ -141,10 +140,8 @@ def token_corpus(name, paths):
 
 def span(parts, a, b):
     """Views of positions a to b of the joined `parts`."""
-    views = []
-    for p in parts:
-        views.append(p[max(a, 0):max(b, 0)])
-        a, b = a - len(p), b - len(p)
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    views = [p[max(a - start, 0):max(b - start, 0)] for p, start in zip(parts, starts)]
     return [v for v in views if len(v)]
 
 
@@ -173,33 +170,27 @@ def task(name):
     copy  hbac...|hbac...    16 letters from a to p, and again             arithmetic  347+058=0405"""
     def dice(draw, sides, *shape):
         return (philox(TASKS.index(name), draw, math.prod(shape)) % sides).astype(np.int64).reshape(shape)
-
-    rows = 76_923 if name == "arithmetic" else 29_411
-    sign = lambda c: np.full((rows, 1), ord(c))
     if name == "arithmetic":
-        return "".join(f"{a:03}+{b:03}={a + b:04}\n" for a, b in dice(0, 1000, rows, 2).tolist())
+        return "".join(f"{a:03}+{b:03}={a + b:04}\n" for a, b in dice(0, 1000, 76_923, 2).tolist())
+    rows = 29_411
     if name == "copy":
-        letters = ord("a") + dice(0, 16, rows, 16)                           # (rows, 16)
-        line = [letters, sign("|"), letters, sign("\n")]
+        said = asked = ord("a") + dice(0, 16, rows, 16)                      # (rows, 16)
     else:
         key = ord("a") + dice(0, 2**62, rows, 26).argsort(1)[:, :8]          # (rows, 8)     none twice
-        pair = np.stack([key, ord("0") + dice(1, 10, rows, 8)], -1)          # (rows, 8, 2)
-        asked = np.take_along_axis(pair, dice(2, 8, rows, 8)[..., None], 1)  # (rows, 8, 2)
-        line = [pair.reshape(rows, 16), sign("?"), asked.reshape(rows, 16), sign("\n")]
+        said = np.stack([key, ord("0") + dice(1, 10, rows, 8)], -1)          # (rows, 8, 2)
+        asked = np.take_along_axis(said, dice(2, 8, rows, 8)[..., None], 1)  # (rows, 8, 2)
+    sign = lambda c: np.full((rows, 1), ord(c))
+    line = [said.reshape(rows, 16), sign("|" if name == "copy" else "?"), asked.reshape(rows, 16), sign("\n")]
     return np.hstack(line).astype(np.uint8).tobytes().decode()
 
 
 def entropy_floor(name):
     """Bits per byte of a task's lines: what a perfect model pays, and on average none pays less."""
-    lines = {"recall": (sum(math.log2(26 - i) for i in range(8)) + 8 * math.log2(10) + 8 * math.log2(8), 34),
-             "copy": (16 * math.log2(16), 34),
-             "arithmetic": (2 * math.log2(1000), 13)}                        # bits, bytes
-    if name not in lines:
-        raise ValueError(f"{name!r} has no known entropy; {', '.join(TASKS)} have")
-    return lines[name][0] / lines[name][1]
+    choices = {"recall": math.perm(26, 8) * 10**8 * 8**8, "copy": 16**16, "arithmetic": 1000**2}
+    return math.log2(choices[name]) / (13 if name == "arithmetic" else 34)
 
 
-# 4. Batches
+# 4. Batches, and the command line
 
 def batch(tokens, seed, step, size, length, rank=0, world=1):                # -> (size / world, length) int64
     """The rows of `rank`: it takes its stretch of one global batch, which knows only (seed, step)."""
@@ -208,8 +199,8 @@ def batch(tokens, seed, step, size, length, rank=0, world=1):                # -
     if size % world:
         raise ValueError(f"a batch of {size} sequences does not divide among {world} ranks")
     starts = philox(seed, step, size) % (len(tokens) - length + 1)           # (size,)
-    mine = starts.reshape(world, -1)[rank].tolist()
-    return torch.from_numpy(np.stack([tokens[i:i + length] for i in mine]).astype(np.int64))
+    rows = [tokens[i:i + length] for i in starts.reshape(world, -1)[rank].tolist()]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def describe(corpus, enc, train_tokens, val_tokens):
@@ -224,13 +215,6 @@ def describe(corpus, enc, train_tokens, val_tokens):
             f"{ratio:.2f} bytes/token, sha256 {corpus.sha256[:12]}")
 
 
-# 5. The command line
-
-URLS = {"shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
-        "fineweb": "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"}
-SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-
 def download(name, shards=1):
     """To a temporary name, checked, then renamed: what stands in data/ is whole."""
     files = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i + 1:06}.bin" for i in range(shards)]
@@ -241,11 +225,9 @@ def download(name, shards=1):
         if not path.exists():
             with urllib.request.urlopen(URLS[name] + there, timeout=60) as source, open(part, "wb") as sink:
                 shutil.copyfileobj(source, sink)
-            if name == "shakespeare":
-                got = hashlib.sha256(part.read_bytes()).hexdigest()
-                if got != SHAKESPEARE:
-                    raise ValueError(f"{URLS[name]}{there} has sha256 {got}, not {SHAKESPEARE}")
-            elif layout(part)[2] == 0:                     # no checksum is published, so header and count
+            if name == "shakespeare" and (got := sha256(part.read_bytes()).hexdigest()) != SHAKESPEARE:
+                raise ValueError(f"{URLS[name]}{there} has sha256 {got}, not {SHAKESPEARE}")
+            if name == "fineweb" and layout(part)[2] == 0:                   # no checksum is published
                 raise ValueError(f"{URLS[name]}{there} does not start like a token file")
             part.replace(path)
         print(f"{path}: {path.stat().st_size:,} bytes")
@@ -264,18 +246,14 @@ def main():
     enc = tokenizer("bpe:2048", text.train)
     train, val = encode(enc, text.train), encode(enc, text.val)
     whole = batch(train, seed=0, step=7, size=4, length=20)
-    halves = torch.cat([batch(train, 0, 7, 4, 20, rank=r, world=2) for r in range(2)])
-    print(describe(text, enc, len(train), len(val)) + "\n\nbatch(seed 0, step 7) of 4 sequences of 20")
-    for i, row in enumerate(whole.tolist()):
-        print(f"  rank {i // 2} of 2   {enc.decode(row)!r}")
-    print(f"  drawn again it is the same: {torch.equal(whole, batch(train, 0, 7, 4, 20))}\n"
-          f"  rank 0 of 2 above rank 1:   {torch.equal(whole, halves)}\n"
-          f"  step 8 is the same:         {torch.equal(whole, batch(train, 0, 8, 4, 20))}\n\n"
-          "task          floor      xz   bits/byte: what a perfect model pays, what a compressor pays")
+    ranks = [batch(train, seed=0, step=7, size=4, length=20, rank=r, world=2) for r in range(2)]
+    print(describe(text, enc, len(train), len(val)), "\nbatch(seed 0, step 7), 4 sequences of 20:",
+          *(f"    {enc.decode(row)!r}" for row in whole.tolist()), sep="\n")
+    print(f"rank 0 of 2 above rank 1 is the same: {torch.equal(whole, torch.cat(ranks))}\n"
+          f"step 8 is the same:                   {torch.equal(whole, batch(train, 0, 8, 4, 20))}\n\n"
+          "task         floor   in bits per byte: what a perfect model pays")
     for name in TASKS:
-        raw = task(name)
-        xz = 8 * len(lzma.compress(raw.encode())) / len(raw)
-        print(f"{name:11}{entropy_floor(name):8.3f}{xz:8.3f}   {raw.splitlines()[0]}")
+        print(f"{name:11}{entropy_floor(name):7.3f}   {task(name).splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -37,13 +37,13 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
     """
     b, t, h, p = x.shape
     B, C = (v.repeat_interleave(h // v.shape[2], 2) for v in (B, C))         # (b, t, h, n)   16 heads a group in Super
-    a = (dt * A).exp()                                                       # (b, t, h)
-    u = x * dt[..., None]                                                    # (b, t, h, p)
-    S = u.new_zeros(b, h, p, B.shape[3]) if state is None else state
-    y = []
+    a = (dt * A).exp()[..., None, None]                      # (b, t, h, 1, 1)
+    u = (x * dt[..., None])[..., None]                       # (b, t, h, p, 1)
+    B, C = B[..., None, :].to(u.dtype), C[..., None].to(u.dtype)             # (b, t, h, 1, n)  (b, t, h, n, 1)
+    S, y = u.new_zeros(b, h, p, B.shape[-1]) if state is None else state, []
     for i in range(t):
-        S = a[:, i, :, None, None] * S + u[:, i, :, :, None] * B[:, i, :, None, :]      # fade, then write
-        y.append((S @ C[:, i, :, :, None].to(S.dtype)).squeeze(-1))                     # (b, h, p)   read
+        S = torch.addcmul(a[:, i] * S, u[:, i], B[:, i])     # fade, then write u B^T
+        y.append((S @ C[:, i]).squeeze(-1))                  # (b, h, p)   read
     y = torch.stack(y, 1).to(x.dtype)
     return (y if D is None else y + D[:, None].to(x.dtype) * x), S
 
@@ -139,7 +139,12 @@ def causal_conv(x, weight, bias, window=None):
     """
     window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2]) if window is None else window.to(x.dtype)
     x = torch.cat([window, x], 1)
-    y = DepthwiseConv.apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.shape[1] == weight.shape[-1]:                       # one new token: one sum over the taps
+        y = (x * weight[:, 0].T).sum(1, keepdim=True)
+        y = y if bias is None else y + bias
+    else:
+        y = DepthwiseConv.apply(x, weight, bias)
     return F.silu(y), x
 
 

@@ -15,6 +15,8 @@ Sources   temperature 1.0 and top-p 0.95 are the released model's own defaults f
 """
 import argparse
 import codecs
+import ctypes
+import platform
 import sys
 import time
 from pathlib import Path
@@ -25,6 +27,15 @@ import checkpoint
 import data
 import hf
 from model import Config, Nemotron
+
+
+def quicken():
+    """Lets glibc keep the memory it has: getting fresh pages for every tensor costs a tenth of a training step on a CPU,
+    and a third of a decoding step. Changes no number; does nothing where there is no glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: below 32 MiB, take it from the heap
+        libc.mallopt(-1, 1 << 30)                            # M_TRIM_THRESHOLD: return it only from 1 GiB up
 
 
 def choose(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
@@ -148,6 +159,7 @@ def main(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
     a = p.parse_args(argv)
+    quicken()
     try:
         if a.hf:
             model, enc = hf.load(a.hf, dtype=getattr(torch, a.dtype), device=a.device), data.tokenizer(a.hf)

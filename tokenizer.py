@@ -15,9 +15,9 @@ Here the two always travel as a tiktoken.Encoding, which runs the rule:
 A loss per token means little across tokenizers; token_bytes turns it into bits per byte, which compares.
 
 Letters   v vocabulary
-Not here  the inner loops, which are rustbpe's (learning) and tiktoken's (the rule; `halves` is it in slow
-          motion); special tokens in a text: spelled out there, they are plain text
-Sources   arXiv:1508.07909 (learning), tiktoken (the rule), GPT-2's encoder.py (the alphabet of tokenizer.json)
+Not here  the inner loops: rustbpe learns, tiktoken spells (`halves` is the rule in slow motion); special
+          tokens in a text: spelled out, they are plain text
+Sources   arXiv:1508.07909 (learning); tiktoken (the rule); GPT-2's encoder.py (tokenizer.json's alphabet)
 Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 control tokens. All counts agree
           with the release; only the release's own tokenizer.json names those 1,000 and could prove it
 """
@@ -83,7 +83,8 @@ def train_bpe(spec, text):
 def nemotron_file():
     package = importlib.util.find_spec("mistral_common")
     folders = package.submodule_search_locations if package else []
-    for p in (Path("tokenizer.json"), Path("tekken.json"), *(Path(f, "data/tekken_240718.json") for f in folders)):
+    theirs = (Path(p, "data/tekken_240718.json") for p in folders)
+    for p in (Path("tokenizer.json"), Path("tekken.json"), *theirs):
         if p.is_file():
             return p
     raise ValueError("nemotron needs the release's tokenizer.json or a tekken.json in this folder, or one "
@@ -110,7 +111,8 @@ def from_hugging_face(d):
             raise ValueError(f"tokenizer.json does not fit a tiktoken table: {why}")
 
     model, pre, added = d["model"], d.get("pre_tokenizer") or {}, d.get("added_tokens") or []
-    need("merges" in model and model.get("type") in ("BPE", None), f"its model is {model.get('type')}, not BPE")
+    kind = model.get("type") or ("BPE" if "merges" in model else "unnamed")
+    need(kind == "BPE", f"its model is {kind}, not BPE")
     for field in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         need(not model.get(field), f"{field} is {model.get(field)!r}")
     need(not d.get("normalizer"), f"its normalizer changes the text first: {d.get('normalizer')}")
@@ -220,9 +222,8 @@ def main():
         start = time.perf_counter()
         enc = tokenizer(spec, text)
         took, ids = time.perf_counter() - start, encode(enc, text)
-        ratio = len(text.encode()) / len(ids)
         cut = "|".join(repr(enc.decode([i]))[1:-1] for i in encode(enc, line))
-        print(f"{spec:10}{took:18.1f}{ratio:14.2f}   {cut[:62]}")
+        print(f"{spec:10}{took:18.1f}{len(text.encode()) / len(ids):14.2f}   {cut[:62]}")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,14 @@ def test_bf16_inputs_keep_the_state_in_fp32():
         assert rms(y, want[0]) <= 1e-2 and rms(S, want[1]) <= 1e-2           # bf16 has 8 bits: half of one is 2e-3
 
 
+def test_a_carried_state_is_never_rounded_to_bf16():
+    """Nothing is written (x = 0), so what comes out is what went in, faded: to fp32's last bits, whatever x's type."""
+    x, dt, A, B, C, D, state = inputs(t=40, g=2)
+    for form in (ssd_recurrent, lambda *a: ssd_chunked(*a, chunk=16)):
+        _, S = form(0 * x.bfloat16(), dt.float(), A.float(), B.bfloat16(), C.bfloat16(), D.float(), state.float())
+        assert rms(S, (dt.sum(1) * A).exp()[..., None, None] * state) <= 1e-5
+
+
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("t", [1, 2, 9])
 @pytest.mark.parametrize("bias", [False, True])

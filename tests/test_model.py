@@ -201,7 +201,7 @@ def test_the_released_config_is_the_preset():
     for name in ("super", "nano", "toy"):
         c = Config.preset(name)
         back = Config.from_hf(json.loads(json.dumps(c.to_hf())))
-        assert changed(back, mtp_num_layers=c.mtp_num_layers) == c
+        assert back == c
         assert set(RELEASED) - set(c.to_hf()) <= {"moe_shared_expert_overlap", "transformers_version", "rope_theta", "partial_rotary_factor"}
 
 
@@ -209,7 +209,8 @@ def test_the_released_config_is_the_preset():
     (dict(attention_bias=True), ["attention_bias=True"]), (dict(n_group=4, topk_group=2), ["n_group=4", "topk_group=2"]),
     (dict(tie_word_embeddings=True), ["tie_word_embeddings"]), (dict(time_step_limit=[.001, 1e9]), ["time_step_limit"]),
     (dict(rope_scaling={"type": "yarn"}), ["rope_scaling"]), (dict(mlp_hidden_act="silu"), ["mlp_hidden_act", "relu2"]),
-    (dict(hybrid_override_pattern=None, layers_block_type=["mamba", "rwkv"]), ["rwkv"])])
+    (dict(hybrid_override_pattern=None, layers_block_type=["mamba", "rwkv"]), ["rwkv"]),
+    (dict(num_hidden_layers=52), ["num_hidden_layers=52", "88"]), (dict(model_type="mamba2"), ["mamba2"])])
 def test_a_config_that_asks_for_something_else_is_refused_by_name(kw, words):
     given_ = {k: v for k, v in {**RELEASED, **kw}.items() if k != "hybrid_override_pattern" or v}
     with pytest.raises(ValueError) as e:
@@ -384,6 +385,16 @@ def test_unequal_rows_are_what_each_row_is_alone(pattern, kw, n, rounds, even, s
         same_cache(cache, alone[row], slice(row, row + 1), 1e-9)
 
 
+@pytest.mark.parametrize("pieces", [[40, 40, 1, 1, 200, 18], [63, 1, 1, 64, 1, 170], [1, 299]])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_keys_survive_a_growing_buffer(pieces, ragged):
+    model, ids, out = tiny("**"), text(2, 300), []
+    cache = model.new_cache(2)
+    for piece in ids.split(pieces, 1):
+        out.append(model(piece, cache, torch.tensor([piece.shape[1]] * 2) if ragged else None))
+    assert rms(torch.cat(out, 1), model(ids)) <= 1e-10
+
+
 @pytest.mark.parametrize("pieces", [[1] * 60, [60], [31, 29], [1, 58, 1], [32] + [1] * 28, [7, 3, 40, 10], [59, 1]])
 def test_fp32_partitions(pieces):
     model, ids = Nemotron(Config.preset("toy")).eval(), text(3, 60, 2048)
@@ -555,7 +566,7 @@ def test_statistics_of_every_kind():
             continue
         elif kind == "dt_bias":
             dt = torch.nn.functional.softplus(v.double())
-            assert .000999 < dt.min() < .0011 and .09 < dt.max() < .1001 and abs((dt < .01).double().mean() - .5) < .05, name
+            assert .000999 < dt.min() < .0011 and .097 < dt.max() < .1001 and abs((dt < .01).double().mean() - .5) < .05, name
             continue
         elif "conv1d" in name:
             assert v.abs().max() <= .5 and abs(v.std() - .5 / 3 ** .5) < .02, name                 # U(-1/sqrt(4), 1/sqrt(4))
