@@ -1,25 +1,25 @@
 """
 Training: the story of a run, from a folder of text to a model, a log, a picture and a sample.
 
-    python train.py                              the toy preset on this Python's own standard library, minutes on a CPU
-    python train.py --preset small --data my.txt --batch 64                      any preset, any text, the same story
-    python train.py --name toy --resume --steps 600                              go on, bit for bit, from the last checkpoint
-    python train.py --name toy --merge 4                                         average the last four checkpoints
+    python train.py                                           the toy preset on Python's own library, CPU minutes
+    python train.py --preset small --data my.txt --batch 64   any preset, any text, the same story
+    python train.py --name toy --resume --steps 600           go on, bit for bit, from the last checkpoint
+    python train.py --name toy --merge 4                      average the last four checkpoints
 
 One step minimises, over the global batch (sums divided by the global counts, however the batch is cut up),
 
     loss = nll(t+1) + 0.3/K sum over depths k of nll_k(t+1+k) + 1e-4 balance       mtp.py, latent_moe.py
 
-then clips the gradient, steps AdamW, and nudges every router's bias. The learning rate climbs, stays, and falls:
+then clips the gradient, steps AdamW and nudges every router's bias. The learning rate climbs, stays, falls:
 
     t < T_w           lr = lr_max t / T_w
     T_w <= t < T_s    lr = lr_max
     t >= T_s          lr = lr_min + (lr_max - lr_min) (1 - sqrt((t - T_s) / (T - T_s)))
 
-Instead of falling, it can stay, and the average of the last checkpoints, weighted by the same curve, takes its place.
+Instead of falling it can stay: then an average of the last checkpoints, weighted by the same curve, stands in.
 
 Not here  ranks; the FP4 recipe; document masks: a window may begin in one file and end in another
-Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses) and 2.5 (merging, after arXiv:2507.17634)
+Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses), 2.5 (merging, after arXiv:2507.17634)
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# Idle threads sleep instead of spinning: next to a busy browser, a step takes twice as long instead of ten times.
+# Idle threads sleep instead of spinning: next to a busy browser a step takes twice as long, not ten times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
@@ -55,7 +55,8 @@ class Run:
     model: str = knob("", "changes to the preset, as field=value,field=value with config.json's field names")
     name: str = knob("", "the run's folder under --out; empty: the preset's name")
     out: str = knob("runs", "where run folders live")
-    data: str = knob("python", "python | shakespeare | a text file | a folder | token files *.bin | recall | copy | arithmetic")
+    data: str = knob("python", "python | shakespeare | a text file | a folder | token files *.bin | "
+                     "recall | copy | arithmetic")
     tokenizer: str = knob("bpe:2048", "bytes | bpe:N | nemotron | a tokenizer.json or tekken.json")
     steps: int = knob(450, "optimiser steps")
     batch: int = knob(16, "sequences per step")
@@ -79,7 +80,7 @@ class Run:
     stop: int = knob(0, "stop after this step, as if interrupted; 0: do not")
     resume: bool = knob(False, "go on with the run of this name; flags given now replace its own")
     from_step: int = knob(0, "resume from this checkpoint instead of the newest")
-    merge: int = knob(0, "no training: merge the last N checkpoints of the run and evaluate each and the merge")
+    merge: int = knob(0, "no training: merge the last N checkpoints of the run, evaluate each and the merge")
     device: str = knob("auto", "auto | cpu | cuda | mps")
     precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32)")
     threads: int = knob(0, "CPU threads; 0: torch's choice")
@@ -89,19 +90,18 @@ class Run:
         return Path(self.out) / (self.name or self.preset)
 
 # What a preset needs that differs from the above. nano and super: the report's own recipe.
+REPORT = dict(tokenizer="nemotron", length=8192, batch=3072, micro=1, steps=993_404, warmup=.008, decay=.2,
+              eval_every=1000, save_every=1000, eval_tokens=1 << 24, precision="bf16")
 RECIPES = {
     "tiny-nv": dict(length=256, lr=1e-3, lr_min=1e-5),
-    "small": dict(tokenizer="bpe:32768", length=1024, batch=128, micro=16, steps=5000, lr=1e-3, lr_min=1e-5, warmup=.02,
-                  decay=.2, eval_every=250, save_every=500, eval_tokens=1 << 20),
-    "nano": dict(tokenizer="nemotron", length=8192, batch=3072, micro=1, steps=993_404, lr=1e-3, lr_min=1e-5, warmup=.008,
-                 decay=.2, eval_every=1000, save_every=1000, eval_tokens=1 << 24, precision="bf16"),
-    "super": dict(tokenizer="nemotron", length=8192, batch=3072, micro=1, steps=993_404, lr=4.5e-4, lr_min=4.5e-6,
-                  warmup=.008, decay=.2, eval_every=1000, save_every=1000, eval_tokens=1 << 24, precision="bf16"),
+    "small": dict(tokenizer="bpe:32768", length=1024, batch=128, micro=16, steps=5000, lr=1e-3, lr_min=1e-5,
+                  warmup=.02, decay=.2, eval_every=250, save_every=500, eval_tokens=1 << 20),
+    "nano": dict(REPORT, lr=1e-3, lr_min=1e-5), "super": dict(REPORT, lr=4.5e-4, lr_min=4.5e-6),
 }
 
 
 def learning_rate(t, run):
-    """The schedule above; t counts the step being taken, 1 ... run.steps, so the last step has exactly lr_min."""
+    """The schedule above; t is the step being taken, 1 ... run.steps, so the last step has exactly lr_min."""
     warm, fall = run.warmup * run.steps, run.steps * (1 - run.decay)
     if t < warm:
         return run.lr * t / warm
@@ -111,7 +111,7 @@ def learning_rate(t, run):
 
 
 def losses(model, ids, mask=None):
-    """ids (b, t+1) -> the summed nll of depth 0 (the next token), 1, ..., K: the main loss and the MTP losses."""
+    """ids (b, t+1) -> the summed nll of depth 0 (the next token), 1, ..., K: the main and the MTP losses."""
     x, y = ids[:, :-1], ids[:, 1:]
     mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
     h = model.hidden(x)
@@ -121,7 +121,7 @@ def losses(model, ids, mask=None):
 
 @torch.no_grad()
 def evaluate(model, tokens, run, per_id, cast):
-    """The same tokens in the same order every time -> nats per token, bits per byte of the text they stand for."""
+    """Always the same tokens in the same order -> nats per token, bits per byte of the text they stand for."""
     device, n = model.lm_head.weight.device, min(len(tokens), run.eval_tokens + 1)
     starts = range(0, n - run.length, run.length)
     nats = count = length_in_bytes = 0
@@ -146,18 +146,17 @@ def choose_device(run, say):
         raise ValueError(f"--device {device!r}: choose auto, cpu, cuda or mps")
     if device != "cpu" and device != found:
         raise ValueError(f"--device {device}: this PyTorch ({torch.__version__}) finds {found} only")
-    if run.threads:
-        torch.set_num_threads(run.threads)
+    torch.set_num_threads(run.threads or torch.get_num_threads())
     can = device == "cuda" and torch.cuda.is_bf16_supported()
     precision = run.precision if run.precision != "auto" else "bf16" if can else "fp32"
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"--precision {precision!r}: choose auto, fp32 or bf16")
-    why = {"cuda": "CUDA found", "mps": "no CUDA, Apple's MPS found", "cpu": "neither CUDA nor MPS found"}[found]
-    say(f"device     {device} ({why if run.device == 'auto' else 'as asked'}), {torch.get_num_threads()} CPU threads, "
-        f"torch {torch.__version__}")
-    say(f"numbers    {precision}" + (" autocast" if precision == "bf16" else "") + ", parameters and optimiser fp32 ("
-        + ("as asked" if run.precision != "auto" else "tensor cores take it" if can else "the exact choice where bf16 is not faster")
-        + ")")
+    why = dict(cuda="CUDA found", mps="no CUDA, Apple's MPS found", cpu="neither CUDA nor MPS found")[found]
+    say(f"device     {device} ({why if run.device == 'auto' else 'as asked'}), "
+        f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
+    why = "tensor cores take it" if can else "the exact choice where bf16 is not faster"
+    say(f"numbers    {precision}" + (" autocast" if precision == "bf16" else "")
+        + f", parameters and optimiser fp32 ({why if run.precision == 'auto' else 'as asked'})")
     cast = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else nullcontext
     return torch.device(device), cast
 
@@ -171,8 +170,8 @@ def optimiser(model, run):
 
 
 def backward(model, pieces, counts, run, cast):
-    """Adds up the gradient of the global batch, piece by piece -> nats per target at every depth, balance per sequence."""
-    weights = [1.0] + [run.mtp_loss / (len(counts) - 1)] * (len(counts) - 1)
+    """The gradient of the global batch, piece by piece -> nats per target of each depth, balance per sequence."""
+    weights = [1.0] + [run.mtp_loss / max(1, len(counts) - 1)] * (len(counts) - 1)
     sums, balance = [0.0] * len(counts), 0.0
     for ids in pieces:
         with cast():
@@ -185,14 +184,15 @@ def backward(model, pieces, counts, run, cast):
 
 def configure(run, vocab):
     """The preset with the tokenizer's vocabulary and with --model's changes."""
-    config, changes = Config.preset(run.preset), {}
+    config, changes, known = Config.preset(run.preset), {}, [f.name for f in fields(Config)]
     for item in filter(None, run.model.split(",")):
         key, _, value = item.partition("=")
-        if key not in {f.name for f in fields(Config)}:
-            raise ValueError(f"--model: there is no field {key!r}; the fields are " + ", ".join(f.name for f in fields(Config)))
+        if key not in known:
+            raise ValueError(f"--model: there is no field {key!r}; the fields are {', '.join(known)}")
         old = getattr(config, key)
+        kind = int if old is None else type(old)
         try:
-            changes[key] = value if isinstance(old, str) else None if value == "None" else type(old if old is not None else 0)(float(value))
+            changes[key] = value if kind is str else None if value == "None" else kind(float(value))
         except ValueError:
             raise ValueError(f"--model: {key}={value!r} is not a number") from None
     if changes.get("vocab_size", vocab) < vocab:
@@ -212,20 +212,22 @@ def describe(model, run, device, cast, say):
         w = [x.detach().to(kind) for x in (moe.experts.up_proj[:1], moe.experts.down_proj[:1])]
         experts = ("F.grouped_mm" if all(latent_moe.torch_can(x, x) for x in w) else
                    f"a loop (F.grouped_mm does not take {kind} of {tuple(w[0].shape[1:])} on {device.type})")
-    say(f"paths      scan, convolution, norms, losses: PyTorch; attention: F.scaled_dot_product_attention; experts: {experts}")
+    say("paths      scan, convolution, norms, losses: PyTorch; attention: F.scaled_dot_product_attention; "
+        f"experts: {experts}")
 
 
 def about(run, config, corpus, device):
     """What config.json records: enough to know what was run, on what, and where."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return dict(run=asdict(run), config=asdict(config), corpus=dict(name=corpus.name, bytes=corpus.size, sha256=corpus.sha256),
-                **checkpoint.sources(), versions=dict(python=platform.python_version(), torch=torch.__version__),
-                hardware=dict(machine=platform.machine(), system=platform.system(), device=str(device), gpu=gpu,
-                              threads=torch.get_num_threads()))
+    return dict(run=asdict(run), config=asdict(config), **checkpoint.sources(),
+                corpus=dict(name=corpus.name, bytes=corpus.size, sha256=corpus.sha256),
+                versions=dict(python=platform.python_version(), torch=torch.__version__),
+                hardware=dict(machine=platform.machine(), system=platform.system(), device=str(device),
+                              gpu=gpu, threads=torch.get_num_threads()))
 
 
 def merge(run, say=print):
-    """Averages the last run.merge checkpoints, evaluates each of them and the average, and writes the average."""
+    """Averages the last run.merge checkpoints, evaluates each and the average, and writes the average."""
     folder = run.folder()
     files = checkpoint.steps(folder)[-run.merge:]
     if len(files) < run.merge:
@@ -235,8 +237,7 @@ def merge(run, say=print):
     model = Nemotron(Config(**first["config"])).to(device)
     corpus, enc = data.corpus(first["run"]["data"]), data.unpack(first["tokenizer"])
     val, per_id = data.encode(enc, corpus.val), data.token_bytes(enc)
-    total = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in first["model"].items()}
-    results = []
+    results, total = [], {k: torch.zeros_like(v, dtype=torch.float64) for k, v in first["model"].items()}
     def report(name, weight, state):
         model.load_state_dict(state)
         nats, bpb = evaluate(model, val, run, per_id, cast)
@@ -258,13 +259,13 @@ def merge(run, say=print):
 # ---- the story
 
 def fit(run, say=print):
-    """Trains (or goes on) as `run` says. Returns the model and the log: a list of dicts, the rows of log.csv."""
+    """Trains (or goes on) as `run` says. Returns the model and the log: log.csv's rows, a list of dicts."""
     folder, micro, began = run.folder(), run.micro or run.batch, time.perf_counter()
     if run.batch % micro:
         raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}")
     if run.steps < 1 or run.length < 1 or not 0 <= run.warmup <= 1 or not 0 <= run.decay <= 1:
-        raise ValueError(f"need steps >= 1, length >= 1 and shares between 0 and 1, not steps {run.steps}, length "
-                         f"{run.length}, warmup {run.warmup}, decay {run.decay}")
+        raise ValueError(f"need steps >= 1, length >= 1 and shares between 0 and 1, not steps {run.steps}, "
+                         f"length {run.length}, warmup {run.warmup}, decay {run.decay}")
     if not run.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, --name starts another")
     saved = checkpoint.read(folder, run.from_step) if run.resume else None
@@ -273,34 +274,38 @@ def fit(run, say=print):
     # 1. Text to ids. The tokenizer learns from the training split, and travels in the checkpoint.
     corpus = data.corpus(run.data)
     if saved and saved["corpus_sha256"] != corpus.sha256:
-        raise ValueError(f"this is not the text the run was trained on: sha256 {corpus.sha256[:12]}, not {saved['corpus_sha256'][:12]}")
+        raise ValueError(f"this is not the text the run was trained on: sha256 {corpus.sha256[:12]}, "
+                         f"not {saved['corpus_sha256'][:12]}")
     enc = data.unpack(saved["tokenizer"]) if saved else data.tokenizer(run.tokenizer, corpus.train)
     train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
     if len(val) <= run.length:
-        raise ValueError(f"the validation split has {len(val)} tokens, fewer than one sequence of {run.length} and its target")
+        raise ValueError(f"the validation split has {len(val)} tokens, "
+                         f"fewer than one sequence of {run.length} and its target")
     say("data       " + data.describe(corpus, enc, len(train), len(val)))
 
     # 2. The model, its optimiser, and where the run stands.
     config = Config(**saved["config"]) if saved else configure(run, data.vocab_size(enc))
     model = Nemotron(config, run.seed).to(device)
     opt = optimiser(model, run)
-    start, rows, tokens_of_experts = 0, [], []
+    start, rows, tokens_of_experts = saved["step"] if saved else 0, [], []
     if saved:
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
-        start = saved["step"]
         rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["step"] <= start]
     describe(model, run, device, cast, say)
     (folder / "ckpt").mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder / "config.json", lambda f: f.write(json.dumps(about(run, config, corpus, device), indent=1).encode()))
-    say(f"run        {folder}: {run.steps} steps of {run.batch} x {run.length} tokens" + (f", from step {start}" if start else ""))
+    facts = json.dumps(about(run, config, corpus, device), indent=1).encode()
+    checkpoint.write(folder / "config.json", lambda f: f.write(facts))
+    say(f"run        {folder}: {run.steps} steps of {run.batch} x {run.length} tokens"
+        + (f", from step {start}" if start else ""))
 
     # 3. The steps. `counts` are the targets of the global batch at depth 0, 1, ..., K.
     counts = mtp.counts(torch.ones(1, run.length, dtype=torch.bool), model.mtp.depths if model.mtp else 0)
     counts, per_id = [n * run.batch for n in counts], data.token_bytes(enc)
-    end = min(run.steps, run.stop or run.steps)
-    clock, last = time.perf_counter(), start
+    names = [n.removesuffix(".mixer").replace("backbone.layers.", "layer ").replace("mtp.layers.", "MTP ")
+             for n, m in model.named_modules() if isinstance(m, latent_moe.LatentMoE)]
+    clock, last, end = time.perf_counter(), start, min(run.steps, run.stop or run.steps)
     model.train()
     for step in range(start + 1, end + 1):
         for group in opt.param_groups:
@@ -310,41 +315,43 @@ def fit(run, say=print):
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip))
         if not math.isfinite(norm + sum(nats)):
             kept = checkpoint.steps(folder)
-            raise FloatingPointError(f"step {step}: loss {nats[0]}, gradient norm {norm}; this step was not taken. "
-                                     + (f"The last checkpoint is {kept[-1]}" if kept else "No checkpoint had been written yet"))
+            rescue = f"The last checkpoint is {kept[-1]}" if kept else "No checkpoint had been written yet"
+            raise FloatingPointError(f"step {step}: loss {nats[0]}, gradient norm {norm}; "
+                                     f"this step was not taken. {rescue}")
         opt.step()
         opt.zero_grad(set_to_none=True)
-        loads = torch.stack([m.load for m in latent_moe.layers(model)]) if latent_moe.layers(model) else torch.zeros(0)
-        tokens_of_experts.append(loads)
+        loads = [m.load for m in latent_moe.layers(model)]
+        tokens_of_experts.append(torch.stack(loads) if loads else torch.zeros(0))
         vio = latent_moe.update_bias(model, run.bias_rate)
 
         # 4. The log: a line now and then, an evaluation and a checkpoint less often.
-        log, look, save = step % run.log_every == 0 or step in (start + 1, end), step % run.eval_every == 0 or step == end, \
-            step % run.save_every == 0 or step == end
+        log = step % run.log_every == 0 or step in (start + 1, end)
+        look, save = (step % every == 0 or step == end for every in (run.eval_every, run.save_every))
         if log or look:
             now = time.perf_counter()
-            rate, left = (step - last) * ids.shape[0] * run.length / (now - clock), (end - step) * (now - clock) / (step - last)
-            clock, last = now, step
-            rows.append(dict(step=step, tokens=step * run.batch * run.length, seconds=now - began, lr=learning_rate(step, run),
-                             train_nats=nats[0], val_nats="", val_bpb="", **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k},
-                             balance=balance, max_vio=sum(v for v, _ in vio) / max(1, len(vio)),
-                             max_vio_worst=max((v for v, _ in vio), default=0.0), idle=sum(n for _, n in vio), grad_norm=norm,
-                             tokens_per_second=rate))
-            say(f"step {step:5}/{run.steps}  loss {nats[0]:6.3f}" + "".join(f"  mtp{k} {n:6.3f}" for k, n in enumerate(nats) if k)
-                + f"  lr {rows[-1]['lr']:.1e}  MaxVio {rows[-1]['max_vio']:4.2f}  idle {rows[-1]['idle']:2}  |g| {norm:4.2f}  {rate:6,.0f} tok/s  "
-                + (f"after {now - began:.1f} s" if step == start + 1 else f"{left:4.0f} s left"))
+            pace, clock, last = (now - clock) / (step - last), now, step     # seconds a step
+            row = dict(step=step, tokens=step * run.batch * run.length, seconds=now - began, lr=group["lr"],
+                       train_nats=nats[0], val_nats="", val_bpb="",
+                       **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k}, balance=balance,
+                       max_vio=sum(v for v, _ in vio) / max(1, len(vio)),
+                       max_vio_worst=max((v for v, _ in vio), default=0.0), idle=sum(n for _, n in vio),
+                       grad_norm=norm, tokens_per_second=ids.shape[0] * run.length / pace)
+            rows.append(row)
+            deeper = "".join(f"  mtp{k} {n:6.3f}" for k, n in enumerate(nats) if k)
+            say(f"step {step:5}/{run.steps}  loss {nats[0]:6.3f}{deeper}  lr {row['lr']:.1e}  MaxVio "
+                f"{row['max_vio']:4.2f}  idle {row['idle']:2}  |g| {norm:4.2f}  {row['tokens_per_second']:6,.0f} tok/s  "
+                + (f"after {now - began:.1f} s" if step == start + 1 else f"{(end - step) * pace:4.0f} s left"))
             shares, tokens_of_experts = sum(tokens_of_experts).tolist(), []
         if look:
-            rows[-1]["val_nats"], rows[-1]["val_bpb"] = evaluate(model, val, run, per_id, cast)
-            say(f"           validation {rows[-1]['val_nats']:.4f} nats/token, {rows[-1]['val_bpb']:.4f} bits/byte")
+            row["val_nats"], row["val_bpb"] = evaluate(model, val, run, per_id, cast)
+            say(f"           validation {row['val_nats']:.4f} nats/token, {row['val_bpb']:.4f} bits/byte")
         if save:
-            checkpoint.save(folder, step, dict(
-                model=model.state_dict(), optimizer=opt.state_dict(), step=step, rng=torch.get_rng_state(), config=asdict(config),
-                run=asdict(run), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256), run.keep)
+            checkpoint.save(folder, step, keep=run.keep, state=dict(
+                model=model.state_dict(), optimizer=opt.state_dict(), step=step, rng=torch.get_rng_state(),
+                config=asdict(config), run=asdict(run), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256))
             checkpoint.write_log(folder / "log.csv", rows)
-            names = [n.removesuffix(".mixer").replace("backbone.layers.", "layer ").replace("mtp.layers.", "MTP ")
-                     for n, m in model.named_modules() if isinstance(m, latent_moe.LatentMoE)]
-            checkpoint.write(folder / "load.json", lambda f: f.write(json.dumps(dict(layers=names, tokens=shares)).encode()))
+            load = json.dumps(dict(layers=names, tokens=shares)).encode()
+            checkpoint.write(folder / "load.json", lambda f: f.write(load))
         if look or save:
             clock = time.perf_counter()
 
@@ -353,22 +360,23 @@ def fit(run, say=print):
         plot.run(folder)
         say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, {checkpoint.steps(folder)[-1]}")
     if end == run.steps and run.prompt:
-        model.eval()
-        ids, = sample.generate(model, [enc.encode_ordinary(run.prompt)], 120, temperature=0.8, top_p=0.95, seed=run.seed)
-        say("sample     (temperature 0.8, top-p 0.95)\n" + b"".join(sample.spell(enc, i) for i in ids).decode("utf-8", "replace"))
+        ids, = sample.generate(model.eval(), [enc.encode_ordinary(run.prompt)], 120, 0.8, 0.95, seed=run.seed)
+        text = b"".join(sample.spell(enc, i) for i in ids).decode("utf-8", "replace")
+        say("sample     (temperature 0.8, top-p 0.95)\n" + text)
     say(f"           {time.perf_counter() - began:.0f} s in all")
     return model, rows
 
 
 def cli(argv=None):
-    """Every field of Run is a flag, its help is the documentation, a typo is an error. With --resume (or --merge) the run's
-    own settings are the defaults, otherwise the preset's recipe is."""
-    p = argparse.ArgumentParser(usage="train.py [--flag value ...]; -h lists the flags", description=__doc__.strip().splitlines()[0], allow_abbrev=False)
+    """Every field of Run is a flag, its help is the documentation, a typo is an error. With --resume (or
+    --merge) the run's own settings are the defaults, otherwise the preset's recipe is."""
+    p = argparse.ArgumentParser(usage="train.py [--flag value ...]; -h lists the flags",
+                                description=__doc__.strip().splitlines()[0], allow_abbrev=False)
     for f in fields(Run):
-        default = getattr(Run, f.name)
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
-        p.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                       help=f.metadata["help"] + ("" if isinstance(default, bool) or default == "" else f" (default: {default})"))
+        flag, switch = "--" + f.name.replace("_", "-"), isinstance(f.default, bool)
+        kind = dict(action=argparse.BooleanOptionalAction) if switch else dict(type=type(f.default))
+        note = "" if switch or f.default == "" else f" (default: {f.default})"
+        p.add_argument(flag, default=argparse.SUPPRESS, help=f.metadata["help"] + note, **kind)
     given = vars(p.parse_args(argv))
     sample.quicken()
     run = Run(**given)
@@ -387,7 +395,8 @@ def cli(argv=None):
     except (ValueError, OSError) as e:
         p.error(str(e))
     except KeyboardInterrupt:
-        p.exit(130, f"\n{p.prog}: interrupted; what was saved is whole: --resume goes on from the last checkpoint\n")
+        p.exit(130, f"\n{p.prog}: interrupted; what was saved is whole: "
+                    "--resume goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":

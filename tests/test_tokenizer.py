@@ -11,8 +11,8 @@ import tiktoken
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tokenizer import (END, GPT2_WORDS, WORDS, encode, from_hugging_face, pack, pieces, token_bytes, tokenizer,
-                       unpack, vocab_size)
+from tokenizer import (END, GPT2_WORDS, WORDS, encode, from_hugging_face, pack, pieces, token_bytes,
+                       tokenizer, unpack, vocab_size)
 
 LIBRARY = sorted(Path(json.__file__).parents[1].glob("*.py"))           # the standard library's plain modules
 TEXT = "\n\n".join(p.read_text("utf-8", "replace") for p in LIBRARY)
@@ -60,7 +60,8 @@ def test_threads_change_no_id():
 def test_vocabularies():
     assert (vocab_size(BYTES), BYTES.encode_single_token(END)) == (257, 256)
     assert (vocab_size(BPE), BPE.encode_single_token(END)) == (600, 599)
-    assert token_bytes(BPE).shape == (600,) and token_bytes(BPE)[599] == 0 and token_bytes(BPE)[:599].min() == 1
+    size = token_bytes(BPE)
+    assert size.shape == (600,) and size[599] == 0 and size[:599].min() == 1
     assert END not in (BPE.decode([i]) for i in range(599))
     assert encode(BPE, END).max() < 599                                 # spelled out, it is plain text
     wide = unpack(pack(BYTES) | {"special": {"<e>": 65_536}})
@@ -84,8 +85,8 @@ TRAINER = trainer()
 
 
 @pytest.mark.parametrize("spec,text,why", [
-    ("bpe:256", "a", "from 257 up"), ("bpe:many", "a", "from 257 up"), ("bpe:300", None, "text to learn from"),
-    ("bpe:300", np.arange(9), "text to learn from"),
+    ("bpe:256", "a", "from 257 up"), ("bpe:many", "a", "from 257 up"),
+    ("bpe:300", None, "text to learn from"), ("bpe:300", np.arange(9), "text to learn from"),
     ("bpe:300", "ab ab", "asks for 43 pairs to join, but the 5 characters it learns from have 2"),
     ("gpt2", None, "'gpt2' is not bytes, bpe:N, nemotron or a file")])
 def test_tokenizer_specs_that_cannot_be(spec, text, why, tmp_path, monkeypatch):
@@ -126,10 +127,10 @@ def letters():
 
 
 def hugging_face(**changes):
-    """Ids 0 and 1 are special, 2 + b is byte b, and three merges follow; `changes` like model__type="Unigram"."""
+    """Ids 0 and 1 are special, 2 + b is byte b, three merges follow; `changes` like model__type="Unigram"."""
     vocab = {c: 2 + b for b, c in letters().items()} | {"he": 258, "ll": 259, "hell": 260}
-    d = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-         "added_tokens": [{"id": 0, "content": "<s>", "special": True}, {"id": 1, "content": "</s>", "special": True}],
+    d = {"normalizer": None, "pre_tokenizer": LAST | {"use_regex": True},
+         "added_tokens": [{"id": i, "content": s, "special": True} for i, s in enumerate(("<s>", "</s>"))],
          "model": {"type": "BPE", "byte_fallback": False, "vocab": {"<s>": 0, "</s>": 1} | vocab,
                    "merges": ["h e", "l l", "he ll"]}}
     for key, value in changes.items():
@@ -160,11 +161,12 @@ def test_ids_are_those_of_the_file(tmp_path):
     enc = load(tmp_path, hugging_face())
     (tmp_path / "some.json").rename(tmp_path / "tokenizer.json")
     assert same(tokenizer(str(tmp_path)), enc)                            # the folder of a checkpoint will do
-    assert enc.encode_ordinary("hello hell") == [260, 2 + ord("o"), 2 + ord(" "), 260]  # he+ll, o | blank, he+ll
+    assert enc.encode_ordinary("hello hell") == [260, 2 + ord("o"), 2 + ord(" "), 260]  # he+ll o blank he+ll
     assert enc.encode_ordinary("élhe") == [2 + 0xC3, 2 + 0xA9, 2 + ord("l"), 258]
     assert enc.encode("<s>", allowed_special="all") == [0] and vocab_size(enc) == 261
     assert token_bytes(enc)[[0, 1, 2, 260]].tolist() == [0, 0, 1, 4]
-    pairs = hugging_face(model__merges=[["h", "e"], ["l", "l"], ["he", "ll"]], pre_tokenizer=ONCE)  # newer files
+    newer = [["h", "e"], ["l", "l"], ["he", "ll"]]                           # files of today list pairs
+    pairs = hugging_face(model__merges=newer, pre_tokenizer=ONCE)
     assert load(tmp_path, pairs)._pat_str == TEKKEN
     assert load(tmp_path, pairs).encode_ordinary("hell") == [260]
 
@@ -180,13 +182,13 @@ def test_ids_are_those_of_the_file(tmp_path):
     ("does not end in ByteLevel", dict(pre_tokenizer={"type": "Metaspace"})),
     ("does not end in ByteLevel", dict(pre_tokenizer=None)),
     ("without add_prefix_space", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
-    ("no Split that keeps", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [split("x", "Removed"), LAST]})),
+    ("no Split that keeps", dict(pre_tokenizer={"pretokenizers": [split("x", "Removed"), LAST]})),
     ("pre-tokenizer Digits is no Split", dict(pre_tokenizer={"pretokenizers": [{"type": "Digits"}, LAST]})),
-    ("leaves characters out", dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [split(r"\p{L}+"), LAST]})),
+    ("leaves characters out", dict(pre_tokenizer={"pretokenizers": [split(r"\p{L}+"), LAST]})),
     ("added token '  ' cuts plain text", dict(added_tokens=[{"id": 300, "content": "  ", "special": False}])),
     ("token '▁a' is not in ByteLevel's alphabet", dict(model__vocab={"▁a": 0})),
     ("some single bytes have no id", dict(model__vocab={"a": 0})),
-    ("merge 1 makes id 258 after id 259: merge order is not id order", dict(model__merges=["l l", "h e", "he ll"])),
+    ("id 258 after id 259: merge order is not id order", dict(model__merges=["l l", "h e", "he ll"])),
     ("merge 3 makes id -1 after id 260", dict(model__merges=["h e", "l l", "he ll", "o o"])),
     ("its merges do not make id 260, b'hell'", dict(model__merges=["h e", "l l"])),
     ("its merges do not make id 260, b'hell'", dict(model__merges=["h e", "l l", "hel l"])),
@@ -200,13 +202,14 @@ def test_what_a_table_cannot_say_is_refused(why, changes, tmp_path):
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
     """Both readings of one file that Hugging Face's own trainer wrote."""
-    hf = pytest.importorskip("tokenizers", reason="Hugging Face's tokenizers, the outside oracle, is not installed")
+    hf = pytest.importorskip("tokenizers", reason="tokenizers, the outside oracle, is not installed")
     pre, path = hf.pre_tokenizers, tmp_path_factory.mktemp("hf") / "tokenizer.json"
     cut = pre.Split(hf.Regex(TEKKEN), "isolated")
     theirs = hf.Tokenizer(hf.models.BPE())
     theirs.pre_tokenizer = pre.Sequence([cut, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
     theirs.train_from_iterator([TEXT[:300_000]], hf.trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=["<s>"], show_progress=False))
+        vocab_size=1500, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=["<s>"],
+        show_progress=False))
     theirs.save(str(path))
     return theirs, tokenizer(str(path))
 
@@ -226,7 +229,7 @@ def test_ids_are_those_of_the_oracle(oracle):
 # tekken.json
 
 def tekken(tmp_path, special, tokens, size, name="tekken.json", **more):
-    vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for i, t in enumerate(tokens)]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)]
     config = {"pattern": TEKKEN, "default_vocab_size": size, "default_num_special_tokens": special}
     (tmp_path / name).write_text(json.dumps({"config": config, "vocab": vocab, **more}), "utf-8")
     return str(tmp_path / name)
@@ -240,13 +243,14 @@ def test_tekken_ids_count_from_behind_the_control_tokens(tmp_path):
     path = tekken(tmp_path, 5, ONES + [b"he", b"ll", b"hell", b"hello"], size=264, special_tokens=names)
     enc = tokenizer(path)                                                  # 264 = 5 + 259: "hello" is cut off
     assert enc.encode_ordinary("hello") == [5 + 258, 5 + ord("o")] and vocab_size(enc) == 264
-    assert enc._special_tokens == {"<unk>": 0, "<SPECIAL_1>": 1, "[INST]": 2, "<SPECIAL_3>": 3, "<SPECIAL_4>": 4}
+    control = ["<unk>", "<SPECIAL_1>", "[INST]", "<SPECIAL_3>", "<SPECIAL_4>"]
+    assert enc._special_tokens == {name: i for i, name in enumerate(control)}
 
 
 def test_nemotron_is_found_or_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="nemotron needs the release's tokenizer.json or a tekken.json in this folder"):
+    with pytest.raises(ValueError, match="nemotron needs the release's tokenizer.json or a tekken.json in"):
         tokenizer("nemotron")
     tekken(tmp_path, 5, ONES, size=261)
     with pytest.raises(ValueError, match="has 261 ids, Nemotron 3 has 131,072"):
@@ -257,7 +261,7 @@ def test_nemotron_is_found_or_explained(tmp_path, monkeypatch):
 
 
 def test_other_json_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer.json, tekken.json or pack: it starts with \['model', 'a'\]"):
+    with pytest.raises(ValueError, match=r"tekken.json or pack: it starts with \['model', 'a'\]"):
         load(tmp_path, {"model": 7, "a": 1})                               # a GPT-2 vocab.json has such words
 
 
