@@ -2,18 +2,19 @@
 A run on disk, written so that a kill at any moment loses nothing that was already there.
 
     runs/<name>/config.json          the run's settings, the model's config, hashes, versions, hardware
-    runs/<name>/log.csv, load.json   one row per logged step; where the experts' tokens went in the last interval
-    runs/<name>/ckpt/step-*.pt       model, optimiser, step, random state, tokenizer: all it takes to go on, bit for bit
+    runs/<name>/log.csv, load.json   one row per logged step; where the experts' tokens went in the end
+    runs/<name>/ckpt/step-*.pt       model, optimiser, step, random state, tokenizer: all to go on, bit for bit
 
-Every file is written under another name, forced to the disk, and then renamed: the rename is the moment it exists. Every
-checkpoint is a zip archive with a checksum per tensor, which torch.save writes, torch.load ignores, and `read` checks.
+Every file is written under another name, forced to the disk, and renamed: the rename is when it exists. Every
+checkpoint is a zip archive with checksums: torch.save writes them, torch.load ignores them, `read` checks.
 
-Merging: the average of the last checkpoints of a run at constant learning rate stands in for a run that decays it. An
-average of theta_j = theta_0 + (updates 1 ... j) gives update i the weight w_i = sum of the coefficients c_j over j >= i,
-so the coefficients that imitate a decay curve w_0 = 1 >= w_1 >= ... are its differences: c_j = w_j - w_{j+1}.
+Merging: the average of the last checkpoints of a run at constant learning rate stands in for a run that
+decays it. An average of theta_j = theta_0 + (updates 1 ... j) gives update i the weight w_i = sum of the
+coefficients c_j over j >= i, so the coefficients that imitate a decay curve w_0 = 1 >= w_1 >= ... are its
+differences: c_j = w_j - w_{j+1}.
 
 Not here  models over many ranks; what is in a checkpoint, which train.py decides
-Sources   arXiv:2604.12374 section 2.5 and arXiv:2507.17634 (merging; the parametrisation i/n of the curve is ours)
+Sources   arXiv:2604.12374 section 2.5 and arXiv:2507.17634 (merging; parametrising the curve by i/n is ours)
 """
 import csv
 import hashlib
@@ -64,7 +65,7 @@ def save(folder, step, state, keep=0):
 
 
 def read(path, step=0):
-    """A run's newest checkpoint (or that of `step`), or one .pt file. ValueError names a damaged one, and the one before."""
+    """A run's newest checkpoint (or that of `step`), or a .pt file. ValueError if damaged: names the one before."""
     path = Path(path)
     files = sorted(path.parent.glob("step-*.pt")) if path.suffix == ".pt" else steps(path)
     if path.suffix != ".pt":
@@ -72,7 +73,8 @@ def read(path, step=0):
             raise ValueError(f"{path} holds no checkpoint (ckpt/step-*.pt): train one first, python train.py")
         path = files[0].with_name(f"step-{step:08d}.pt") if step else files[-1]
     if not path.is_file():
-        raise ValueError(f"there is no {path}; there are the steps {', '.join(str(number(f)) for f in files) or '(none)'}")
+        there = ", ".join(str(number(f)) for f in files) or "(none)"
+        raise ValueError(f"there is no {path}; there are the steps {there}")
     try:
         with zipfile.ZipFile(path) as z:
             if bad := z.testzip():
@@ -80,9 +82,10 @@ def read(path, step=0):
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
         before = [f for f in files if f.name < path.name]
-        offer = (f"; the one before it is {before[-1]}: train.py --resume --from-step {number(before[-1])} goes on from it"
-                 if before else ", and there is none before it")
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0][:80]}){offer}") from e
+        offer = (f"; the one before it is {before[-1]}: train.py --resume --from-step {number(before[-1])} "
+                 "goes on from it" if before else ", and there is none before it")
+        why = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        raise ValueError(f"{path} is damaged ({why}){offer}") from e
 
 
 def write_log(path, rows):
@@ -114,13 +117,13 @@ def sources():
 
 
 def merge_weights(n):
-    """Coefficients of n consecutive checkpoints, oldest first, that imitate a minus-sqrt decay over them; their sum is 1."""
+    """Coefficients of n checkpoints in a row, oldest first, that imitate a minus-sqrt decay. Their sum is 1."""
     w = [1 - math.sqrt(i / n) for i in range(n + 1)]         # 1 ... 0
     return [w[j] - w[j + 1] for j in range(n)]
 
 
 def main():
-    """Prints the point: a writer killed at random moments never leaves a broken file; a flipped bit does not pass."""
+    """Prints the point: a writer killed at any moment leaves no broken file; a flipped bit does not pass."""
     import random
     import sys
     import tempfile
@@ -130,16 +133,19 @@ def main():
         save(folder, 1, dict(w=torch.zeros(2_000_000)))
         writer = ("import sys, torch, checkpoint, pathlib\nprint(flush=True)\n"
                   "n = 1 + checkpoint.number(checkpoint.steps(sys.argv[1])[-1])\n"
-                  "while True:\n    checkpoint.save(pathlib.Path(sys.argv[1]), n, dict(w=torch.full((2_000_000,), float(n))), keep=2)\n    n += 1")
+                  "while True:\n    w = torch.full((2_000_000,), float(n))\n"
+                  "    checkpoint.save(pathlib.Path(sys.argv[1]), n, dict(w=w), keep=2)\n    n += 1")
         for attempt in range(3):
-            p = subprocess.Popen([sys.executable, "-c", writer, d], stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parent)
+            p = subprocess.Popen([sys.executable, "-c", writer, d], stdout=subprocess.PIPE,
+                                 cwd=Path(__file__).resolve().parent)
             p.stdout.readline()
             time.sleep(random.uniform(.2, .5))
             p.kill()
             p.wait()
             w = read(folder)["w"]
-            print(f"killed while writing: step {number(steps(folder)[-1])} is the newest, whole and consistent: "
-                  f"{bool((w == w[0]).all())}; unfinished files: {len(list((folder / 'ckpt').glob('*.tmp')))}")
+            whole, unfinished = bool((w == w[0]).all()), len(list((folder / "ckpt").glob("*.tmp")))
+            print(f"killed while writing: step {number(steps(folder)[-1])} is the newest, "
+                  f"whole and consistent: {whole}; unfinished files: {unfinished}")
         path = steps(folder)[-1]
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 2] ^= 1

@@ -1,5 +1,5 @@
 """
-The picture of a run: its losses, the balance of its experts over time, and where the experts' tokens went in the end.
+The picture of a run: its losses, the balance of its experts, and where the experts' tokens went in the end.
 
     python plot.py runs/toy                 draws runs/toy/loss.png again, from log.csv and load.json
     python plot.py runs/a runs/b out.png    the validation curves of several runs in one picture
@@ -28,15 +28,18 @@ def run(folder):
     for i, (key, label) in enumerate(names):
         a.plot(step, [r[key] for r in rows], f"C{i}", label=label, lw=1.8 if i == 0 else 1)
     seen = [r for r in rows if r["val_nats"] != ""]
-    a.plot([r["step"] for r in seen], [r["val_nats"] for r in seen], "ko", ms=4, label="next token, validation")
+    a.plot([r["step"] for r in seen], [r["val_nats"] for r in seen], "ko", ms=4,
+           label="next token, validation")
     for r in seen[-1:]:
-        a.annotate(f"{r['val_bpb']:.2f} bits/byte", (r["step"], r["val_nats"]), (-6, -16), textcoords="offset points", ha="right")
+        a.annotate(f"{r['val_bpb']:.2f} bits/byte", (r["step"], r["val_nats"]), (0, 26),
+                   textcoords="offset points", ha="right", weight="bold")
     a.set(xlabel="step", ylabel="nats per token", title="Loss")
     a.legend(frameon=False)
 
     b.plot(step, [r["max_vio_worst"] for r in rows], "C1", lw=1, label="worst layer")
     b.plot(step, [r["max_vio"] for r in rows], "C0", lw=1.8, label="mean over layers")
-    b.set(xlabel="step", ylabel="MaxVio = busiest expert / mean - 1", title="Balance of the experts", ylim=(0, None))
+    b.set(xlabel="step", ylabel="MaxVio = busiest expert / mean - 1", title="Balance of the experts",
+          ylim=(0, None))
     b.legend(frameon=False)
     if any(r["idle"] for r in rows):
         right = b.twinx()
@@ -44,7 +47,8 @@ def run(folder):
         right.set(ylabel="experts without a token in the step, all layers (dotted)", ylim=(0, None))
 
     if load["tokens"]:
-        image = c.imshow([[n / (sum(row) / len(row)) for n in row] for row in load["tokens"]], aspect="auto", cmap="viridis", vmin=0)
+        share = [[n / (sum(row) / len(row)) for n in row] for row in load["tokens"]]
+        image = c.imshow(share, aspect="auto", cmap="viridis", vmin=0)
         c.set(xlabel="expert", title="Load of each expert / mean, last interval")
         c.set_yticks(range(len(load["layers"])), load["layers"])
         fig.colorbar(image, ax=c)
@@ -73,7 +77,8 @@ def main(argv):
     out = [a for a in argv if a.endswith(".png")]
     lacking = [f for f in folders if not (f / "log.csv").is_file()]
     if not folders or lacking or len(out) > 1 or (len(folders) > 1) != bool(out):
-        sys.exit(f"plot.py: {lacking[0]} holds no log.csv" if lacking else "usage: plot.py RUN   or   plot.py RUN RUN ... OUT.png")
+        sys.exit(f"plot.py: {lacking[0]} holds no log.csv" if lacking else
+                 "usage: plot.py RUN   or   plot.py RUN RUN ... OUT.png")
     if out:
         compare(folders, out[0])
     else:

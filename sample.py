@@ -1,11 +1,11 @@
 """
 Sampling: read the prompts once, then one token at a time, each from the cache the last one left.
 
-    prefill     the prompts, `prefill` tokens at a time: memory for activations is bounded, however long the prompt
+    prefill     the prompts, `prefill` tokens at a time: memory for activations stays bounded at any length
     decode      logits of the last token -> temperature, top-k, top-p -> one token per row -> one cached step
 
-Rows may have prompts of unequal length: they are padded on the right, and the model is told how many tokens are real.
-Padding is neither written into the Mamba states nor ever attended to, so each row gets what it would get alone.
+Rows may have prompts of unequal length: padded on the right, and the model is told how many tokens are real.
+Padding is neither written into the Mamba states nor ever attended to: each row gets what it would get alone.
 
     python sample.py --run runs/toy --prompt "def "                     a run of train.py
     python sample.py --hf DIR --prompt "The capital of France is"       a released checkpoint
@@ -30,37 +30,37 @@ from model import Config, Nemotron
 
 
 def quicken():
-    """Lets glibc keep the memory it has: getting fresh pages for every tensor costs a tenth of a training step on a CPU,
-    and a third of a decoding step. Changes no number; does nothing where there is no glibc."""
+    """Lets glibc keep the memory it has: getting fresh pages for every tensor costs, on a CPU, a tenth of a
+    training step and a third of a decoding step. Changes no number; does nothing where there is no glibc."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)                           # M_MMAP_THRESHOLD: below 32 MiB, take it from the heap
-        libc.mallopt(-1, 1 << 30)                            # M_TRIM_THRESHOLD: return it only from 1 GiB up
+        libc.mallopt(-3, 32 << 20)                     # M_MMAP_THRESHOLD: below 32 MiB, take it from the heap
+        libc.mallopt(-1, 1 << 30)                      # M_TRIM_THRESHOLD: return it only from 1 GiB up
 
 
-def choose(logits, temperature=0.0, top_p=1.0, top_k=0, generator=None):
-    """One token a row from logits (b, v). temperature 0 is greedy; top_k keeps the k best, top_p the fewest that hold p."""
+def choose(logits, temperature=0, top_p=1.0, top_k=0, generator=None):
+    """One token a row from logits (b, v). temperature 0 is greedy; top_k, top_p as in `probabilities`."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(probabilities(logits, temperature, top_p, top_k), 1, generator=generator).squeeze(1)
+    return torch.multinomial(probabilities(logits, temperature, top_p, top_k), 1, generator=generator)[:, 0]
 
 
 def probabilities(logits, temperature=1.0, top_p=1.0, top_k=0):
-    """What `choose` draws from: softmax(logits / temperature), cut to the top k, then to the nucleus of mass top_p. (b, v)"""
+    """softmax(logits / temperature), cut to the k best, then to the fewest that hold mass top_p.   (b, v)"""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     p = logits.softmax(-1)
     if top_p < 1:
         ranked, order = p.sort(descending=True, stable=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)      # the token that crosses top_p stays
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # the token crossing top_p stays
         p = torch.zeros_like(p).scatter_(-1, order, ranked)
     return p / p.sum(-1, keepdim=True)
 
 
 def read(model, cache, rows, prefill=1024):
-    """Feeds rows (lists of ids, lengths may differ) into an empty cache, `prefill` tokens at a time -> logits (b, v)
-    after each row's own last token. Only those are ever computed: the head runs on b states, not on all of them."""
+    """Feeds rows (lists of ids, lengths may differ) into an empty cache, `prefill` tokens at a time -> logits
+    (b, v) after each row's own last token, and only those: the head runs on b states, not on all of them."""
     device = model.lm_head.weight.device
     length = torch.tensor([len(r) for r in rows])
     padded = torch.zeros(len(rows), int(length.max()), dtype=torch.long)
@@ -77,9 +77,9 @@ def read(model, cache, rows, prefill=1024):
 
 
 @torch.no_grad()
-def stream(model, rows, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, seed=None, stop=(), prefill=1024):
-    """Yields one token a row, (b,) ids on the CPU, until every row has produced a stop token or max_new_tokens are out.
-    A row that has stopped goes on repeating its stop token. seed makes the draw reproducible, on one kind of device."""
+def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=None, stop=(), prefill=1024):
+    """Yields one token a row, (b,) ids on the CPU, until every row has stopped or max_new_tokens are out. A
+    stopped row goes on repeating its stop token. seed makes the draw reproducible, on one kind of device."""
     if not rows or min(len(r) for r in rows) == 0:
         raise ValueError("a prompt needs at least one token: start an empty one with the end-of-text token")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
@@ -90,7 +90,8 @@ def stream(model, rows, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, see
     cache = model.new_cache(len(rows))
     done, stops = None, torch.tensor(sorted(stop), dtype=torch.long)
     for i in range(max_new_tokens):
-        logits = read(model, cache, rows, prefill) if i == 0 else model(token[:, None].to(device), cache)[:, -1]
+        logits = (read(model, cache, rows, prefill) if i == 0 else
+                  model(token[:, None].to(device), cache)[:, -1])
         new = choose(logits, temperature, top_p, top_k, g).cpu()
         token = new if done is None else torch.where(done, token, new)
         yield token
@@ -99,11 +100,13 @@ def stream(model, rows, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, see
             return
 
 
-def generate(model, ids, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, speculate=0, seed=None, stop=(), prefill=1024):
-    """Prompts and what follows them. ids: a tensor (b, t), answered with one (b, t + new); or lists of unequal length,
-    answered with lists, cut after their stop token."""
+def generate(model, ids, max_new_tokens, temperature=0, top_p=1.0, top_k=0, speculate=0, seed=None, stop=(),
+             prefill=1024):
+    """Prompts and what follows them. ids: a tensor (b, t), answered with one (b, t + new); or lists of
+    unequal length, answered with lists, cut after their stop token."""
     if speculate:
-        raise ValueError(f"speculate={speculate}: drafting with the MTP block is not built yet, only its training loss is")
+        raise ValueError(f"speculate={speculate}: drafting with the MTP block is not built yet, "
+                         "only its training loss is")
     rows = ids.tolist() if torch.is_tensor(ids) else [list(r) for r in ids]
     new = list(stream(model, rows, max_new_tokens, temperature, top_p, top_k, seed, stop, prefill))
     if torch.is_tensor(ids):
@@ -125,7 +128,7 @@ def load_run(path, device="cpu"):
 
 
 def spell(enc, token):
-    """The bytes of one id; an id that the model has and the tokenizer has not becomes the replacement character."""
+    """The bytes of one id; one the model has and the tokenizer has not becomes the replacement character."""
     try:
         return enc.decode_single_token_bytes(token)
     except KeyError:
@@ -142,22 +145,24 @@ class Printer:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(usage="sample.py [--flag value ...]; -h lists the flags", description="Sample from a run of train.py or from a released checkpoint.",
+    p = argparse.ArgumentParser(usage="sample.py [--flag value ...]; -h lists the flags",
+                                description="Sample from a run of train.py or from a released checkpoint.",
                                 allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", default="runs/toy", help="a run folder, or one checkpoint file in it")
-    p.add_argument("--hf", default="", help="a folder in the released layout (config.json, *.safetensors, tokenizer.json)")
-    p.add_argument("--prompt", action="append", help="what to go on from; several make a batch (default: 'def ')")
-    p.add_argument("--prompt-file", default="", help="read one prompt from this text file")
-    p.add_argument("--max-new-tokens", type=int, default=200, help="tokens to produce")
-    p.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    p.add_argument("--top-p", type=float, default=0.95, help="keep the fewest tokens that hold this much probability")
-    p.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
-    p.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
-    p.add_argument("--stop", action="append", default=[], help="stop at this text; it must be one token. End-of-text always stops")
-    p.add_argument("--prefill", type=int, default=1024, help="prompt tokens read at a time: bounds the memory")
-    p.add_argument("--prompt-tokens", type=int, default=0, help="repeat the prompt up to this many tokens (to try long ones)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
+    add = p.add_argument
+    add("--run", default="runs/toy", help="a run folder, or one checkpoint file in it")
+    add("--hf", default="", help="a released folder (config.json, *.safetensors, tokenizer.json)")
+    add("--prompt", action="append", help="what to go on from; several make a batch (default: 'def ')")
+    add("--prompt-file", default="", help="read one prompt from this text file")
+    add("--max-new-tokens", type=int, default=200, help="tokens to produce")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top-p", type=float, default=0.95, help="keep the fewest tokens that hold this much probability")
+    add("--top-k", type=int, default=0, help="keep the k most likely tokens; 0 keeps all")
+    add("--seed", type=int, default=None, help="the same seed gives the same text")
+    add("--stop", action="append", default=[], help="stop at this text, one token; end-of-text always stops")
+    add("--prefill", type=int, default=1024, help="prompt tokens read at a time: bounds the memory")
+    add("--prompt-tokens", type=int, default=0, help="repeat the prompt up to this many tokens")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
     a = p.parse_args(argv)
     quicken()
     try:
@@ -166,11 +171,13 @@ def main(argv=None):
         else:
             model, enc, _ = load_run(a.run, a.device)
         prompts = [Path(a.prompt_file).read_text(encoding="utf-8")] if a.prompt_file else a.prompt or ["def "]
-        end = [enc.encode_single_token(s) for s in enc.special_tokens_set if s in ("<|endoftext|>", "</s>", "<|im_end|>")]
+        ends = enc.special_tokens_set & {"<|endoftext|>", "</s>", "<|im_end|>"}
+        end = [enc.encode_single_token(s) for s in ends]
         for s in a.stop:
-            if len(enc.encode_ordinary(s)) != 1:
-                raise ValueError(f"--stop {s!r} is {len(enc.encode_ordinary(s))} tokens in this vocabulary, it must be one")
-            end += enc.encode_ordinary(s)
+            ids = enc.encode_ordinary(s)
+            if len(ids) != 1:
+                raise ValueError(f"--stop {s!r} is {len(ids)} tokens in this vocabulary, it must be one")
+            end += ids
         rows = [enc.encode_ordinary(s) or end[:1] for s in prompts]
         if a.prompt_tokens:
             rows = [(r * (a.prompt_tokens // len(r) + 1))[:a.prompt_tokens] for r in rows]
@@ -178,7 +185,8 @@ def main(argv=None):
         new = [[] for _ in rows]
         if len(rows) == 1 and not a.prompt_tokens:
             print(prompts[0], end="", flush=True)
-        for token in stream(model, rows, a.max_new_tokens, a.temperature, a.top_p, a.top_k, a.seed, end, a.prefill):
+        how = a.temperature, a.top_p, a.top_k, a.seed, end, a.prefill
+        for token in stream(model, rows, a.max_new_tokens, *how):
             first, n = first or time.perf_counter() - start, n + 1
             for row, t in zip(new, token.tolist()):
                 if not (row and row[-1] in end):
@@ -190,11 +198,12 @@ def main(argv=None):
     print()
     if len(rows) > 1:
         for prompt, row in zip(prompts, new):
-            print(f"--- {prompt!r}\n{prompt}{b''.join(spell(enc, t) for t in row if t not in end).decode('utf-8', 'replace')}")
+            text = b"".join(spell(enc, t) for t in row if t not in end)
+            print(f"--- {prompt!r}\n{prompt}{text.decode('utf-8', 'replace')}")
     took = time.perf_counter() - start - (first or 0)
     if n > 1:
-        print(f"[{sum(map(len, rows)):,} prompt tokens in {first:.2f} s; {len(rows) * (n - 1) / took:,.0f} tokens/s after]",
-              file=sys.stderr)
+        print(f"[{sum(map(len, rows)):,} prompt tokens in {first:.2f} s; "
+              f"{len(rows) * (n - 1) / took:,.0f} tokens/s after]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Training: the story of a run, from a folder of text to a model, a log, a picture and a sample.
 
-    python train.py                                           the toy preset on Python's own library, CPU minutes
+    python train.py                                           toy: Python's own library, in minutes on a CPU
     python train.py --preset small --data my.txt --batch 64   any preset, any text, the same story
     python train.py --name toy --resume --steps 600           go on, bit for bit, from the last checkpoint
     python train.py --name toy --merge 4                      average the last four checkpoints
@@ -16,7 +16,7 @@ then clips the gradient, steps AdamW and nudges every router's bias. The learnin
     T_w <= t < T_s    lr = lr_max
     t >= T_s          lr = lr_min + (lr_max - lr_min) (1 - sqrt((t - T_s) / (T - T_s)))
 
-Instead of falling it can stay: then an average of the last checkpoints, weighted by the same curve, stands in.
+Instead of falling it can stay: then the last checkpoints' average, weighted by the same curve, stands in.
 
 Not here  ranks; the FP4 recipe; document masks: a window may begin in one file and end in another
 Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses), 2.5 (merging, after arXiv:2507.17634)
@@ -96,8 +96,7 @@ RECIPES = {
     "tiny-nv": dict(length=256, lr=1e-3, lr_min=1e-5),
     "small": dict(tokenizer="bpe:32768", length=1024, batch=128, micro=16, steps=5000, lr=1e-3, lr_min=1e-5,
                   warmup=.02, decay=.2, eval_every=250, save_every=500, eval_tokens=1 << 20),
-    "nano": dict(REPORT, lr=1e-3, lr_min=1e-5), "super": dict(REPORT, lr=4.5e-4, lr_min=4.5e-6),
-}
+    "nano": dict(REPORT, lr=1e-3, lr_min=1e-5), "super": dict(REPORT, lr=4.5e-4, lr_min=4.5e-6)}
 
 
 def learning_rate(t, run):
@@ -121,14 +120,14 @@ def losses(model, ids, mask=None):
 
 @torch.no_grad()
 def evaluate(model, tokens, run, per_id, cast):
-    """Always the same tokens in the same order -> nats per token, bits per byte of the text they stand for."""
-    device, n = model.lm_head.weight.device, min(len(tokens), run.eval_tokens + 1)
-    starts = range(0, n - run.length, run.length)
+    """Always the same windows, spread evenly over the split -> nats per token, bits per byte of what they stand for."""
+    device, size = model.lm_head.weight.device, run.micro or run.batch
+    windows = max(1, min(run.eval_tokens, len(tokens) - 1) // run.length)
+    starts = [i * (len(tokens) - 1 - run.length) // max(1, windows - 1) for i in range(windows)]
     nats = count = length_in_bytes = 0
     model.eval()
-    for i in range(0, len(starts), max(1, run.micro or run.batch)):
-        ids = torch.stack([torch.as_tensor(tokens[s:s + run.length + 1].astype("int64"))
-                           for s in starts[i:i + (run.micro or run.batch)]])
+    for i in range(0, windows, size):
+        ids = torch.stack([torch.as_tensor(tokens[s:s + run.length + 1].astype("int64")) for s in starts[i:i + size]])
         x, y = ids[:, :-1].to(device), ids[:, 1:]
         with cast():
             logits = model(x)
@@ -146,7 +145,8 @@ def choose_device(run, say):
         raise ValueError(f"--device {device!r}: choose auto, cpu, cuda or mps")
     if device != "cpu" and device != found:
         raise ValueError(f"--device {device}: this PyTorch ({torch.__version__}) finds {found} only")
-    torch.set_num_threads(run.threads or torch.get_num_threads())
+    if run.threads:
+        torch.set_num_threads(run.threads)
     can = device == "cuda" and torch.cuda.is_bf16_supported()
     precision = run.precision if run.precision != "auto" else "bf16" if can else "fp32"
     if precision not in ("fp32", "bf16"):
@@ -170,7 +170,7 @@ def optimiser(model, run):
 
 
 def backward(model, pieces, counts, run, cast):
-    """The gradient of the global batch, piece by piece -> nats per target of each depth, balance per sequence."""
+    """Gradient of the global batch, piece by piece -> nats per target of each depth, balance per sequence."""
     weights = [1.0] + [run.mtp_loss / max(1, len(counts) - 1)] * (len(counts) - 1)
     sums, balance = [0.0] * len(counts), 0.0
     for ids in pieces:
@@ -256,8 +256,6 @@ def merge(run, say=print):
     return model, results
 
 
-# ---- the story
-
 def fit(run, say=print):
     """Trains (or goes on) as `run` says. Returns the model and the log: log.csv's rows, a list of dicts."""
     folder, micro, began = run.folder(), run.micro or run.batch, time.perf_counter()
@@ -315,14 +313,14 @@ def fit(run, say=print):
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip))
         if not math.isfinite(norm + sum(nats)):
             kept = checkpoint.steps(folder)
-            rescue = f"The last checkpoint is {kept[-1]}" if kept else "No checkpoint had been written yet"
-            raise FloatingPointError(f"step {step}: loss {nats[0]}, gradient norm {norm}; "
-                                     f"this step was not taken. {rescue}")
+            raise FloatingPointError(
+                f"step {step}: loss {nats[0]}, gradient norm {norm}; this step was not taken. "
+                + (f"The last checkpoint is {kept[-1]}" if kept else "No checkpoint had been written yet"))
         opt.step()
         opt.zero_grad(set_to_none=True)
         loads = [m.load for m in latent_moe.layers(model)]
         tokens_of_experts.append(torch.stack(loads) if loads else torch.zeros(0))
-        vio = latent_moe.update_bias(model, run.bias_rate)
+        vio = latent_moe.update_bias(model, run.bias_rate) or [(0.0, 0)]
 
         # 4. The log: a line now and then, an evaluation and a checkpoint less often.
         log = step % run.log_every == 0 or step in (start + 1, end)
@@ -330,30 +328,29 @@ def fit(run, say=print):
         if log or look:
             now = time.perf_counter()
             pace, clock, last = (now - clock) / (step - last), now, step     # seconds a step
+            rate, left = ids.shape[0] * run.length / pace, (end - step) * pace
             row = dict(step=step, tokens=step * run.batch * run.length, seconds=now - began, lr=group["lr"],
                        train_nats=nats[0], val_nats="", val_bpb="",
                        **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k}, balance=balance,
-                       max_vio=sum(v for v, _ in vio) / max(1, len(vio)),
-                       max_vio_worst=max((v for v, _ in vio), default=0.0), idle=sum(n for _, n in vio),
-                       grad_norm=norm, tokens_per_second=ids.shape[0] * run.length / pace)
+                       max_vio=sum(v for v, _ in vio) / len(vio), max_vio_worst=max(v for v, _ in vio),
+                       idle=sum(n for _, n in vio), grad_norm=norm, tokens_per_second=rate)
             rows.append(row)
             deeper = "".join(f"  mtp{k} {n:6.3f}" for k, n in enumerate(nats) if k)
-            say(f"step {step:5}/{run.steps}  loss {nats[0]:6.3f}{deeper}  lr {row['lr']:.1e}  MaxVio "
-                f"{row['max_vio']:4.2f}  idle {row['idle']:2}  |g| {norm:4.2f}  {row['tokens_per_second']:6,.0f} tok/s  "
-                + (f"after {now - began:.1f} s" if step == start + 1 else f"{(end - step) * pace:4.0f} s left"))
+            say(f"step {step:5}/{run.steps}  loss {nats[0]:6.3f}{deeper}  lr {row['lr']:.1e}  "
+                f"MaxVio {row['max_vio']:4.2f}  idle {row['idle']:2}  |g| {norm:4.2f}  {rate:6,.0f} tok/s  "
+                + (f"after {now - began:.1f} s" if step == start + 1 else f"{left:4.0f} s left"))
             shares, tokens_of_experts = sum(tokens_of_experts).tolist(), []
         if look:
             row["val_nats"], row["val_bpb"] = evaluate(model, val, run, per_id, cast)
             say(f"           validation {row['val_nats']:.4f} nats/token, {row['val_bpb']:.4f} bits/byte")
         if save:
             checkpoint.save(folder, step, keep=run.keep, state=dict(
-                model=model.state_dict(), optimizer=opt.state_dict(), step=step, rng=torch.get_rng_state(),
-                config=asdict(config), run=asdict(run), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256))
+                optimizer=opt.state_dict(), rng=torch.get_rng_state(), config=asdict(config), run=asdict(run),
+                step=step, model=model.state_dict(), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256))
             checkpoint.write_log(folder / "log.csv", rows)
             load = json.dumps(dict(layers=names, tokens=shares)).encode()
             checkpoint.write(folder / "load.json", lambda f: f.write(load))
-        if look or save:
-            clock = time.perf_counter()
+        clock = time.perf_counter() if look or save else clock
 
     # 5. The picture and the sample.
     if start < end:
@@ -361,8 +358,8 @@ def fit(run, say=print):
         say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, {checkpoint.steps(folder)[-1]}")
     if end == run.steps and run.prompt:
         ids, = sample.generate(model.eval(), [enc.encode_ordinary(run.prompt)], 120, 0.8, 0.95, seed=run.seed)
-        text = b"".join(sample.spell(enc, i) for i in ids).decode("utf-8", "replace")
-        say("sample     (temperature 0.8, top-p 0.95)\n" + text)
+        text = b"".join(sample.spell(enc, i) for i in ids)
+        say("sample     (temperature 0.8, top-p 0.95)\n" + text.decode("utf-8", "replace"))
     say(f"           {time.perf_counter() - began:.0f} s in all")
     return model, rows
 

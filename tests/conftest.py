@@ -1,7 +1,9 @@
 """Makes `import model` work from any directory, and holds the one measure of error that the tests share."""
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, so that a busy machine stays usable
 import torch
 from hypothesis import settings
 
