@@ -3,7 +3,7 @@ A run on disk, written so that a kill at any moment loses nothing that was alrea
 
     runs/<name>/config.json          the run's settings, the model's config, hashes, versions, hardware
     runs/<name>/log.csv, load.json   one row per logged step; where the experts' tokens went in the end
-    runs/<name>/ckpt/step-*.pt       model, optimiser, step, random state, tokenizer: all to go on, bit for bit
+    runs/<name>/ckpt/step-*.pt       model, optimiser, step, random state, tokenizer: to go on bit for bit
 
 Every file is written under another name, forced to the disk, and renamed: the rename is when it exists. Every
 checkpoint is a zip archive with checksums: torch.save writes them, torch.load ignores them, `read` checks.
@@ -65,7 +65,7 @@ def save(folder, step, state, keep=0):
 
 
 def read(path, step=0):
-    """A run's newest checkpoint (or that of `step`), or a .pt file. ValueError if damaged: names the one before."""
+    """A run's newest checkpoint (or that of `step`), or a .pt file. Of a damaged one, ValueError tells."""
     path = Path(path)
     files = sorted(path.parent.glob("step-*.pt")) if path.suffix == ".pt" else steps(path)
     if path.suffix != ".pt":
@@ -117,7 +117,7 @@ def sources():
 
 
 def merge_weights(n):
-    """Coefficients of n checkpoints in a row, oldest first, that imitate a minus-sqrt decay. Their sum is 1."""
+    """Coefficients of n successive checkpoints, oldest first: a minus-sqrt decay over them; they sum to 1."""
     w = [1 - math.sqrt(i / n) for i in range(n + 1)]         # 1 ... 0
     return [w[j] - w[j + 1] for j in range(n)]
 

@@ -9,16 +9,16 @@ then reads S along C_t:
 
 The same numbers three ways; read them in this order, tests/test_mamba.py holds them together:
 
-    ssd_recurrent    a python loop over the two lines above            t steps            the definition, and sampling
-    ssd_masked       one (t, t) matrix per head, as attention has      t^2 work           why it trains like attention
-    ssd_chunked      that matrix inside chunks, S between chunks       t*c work, t/c steps    training and prefill
+    ssd_recurrent    a python loop over the two lines above      t steps               definition and sampling
+    ssd_masked       one attention-like (t, t) matrix per head   t^2 work              trains like attention
+    ssd_chunked      that matrix inside chunks, S between them   t*c work, t/c steps   training and prefill
 
 Letters   b batch  t time  d model width  h heads  p head dim  g groups (heads sharing B and C)  n state
           c chunks  q, r positions in a chunk  e = h*p inner width  w = e + 2*g*n convolved channels  k taps
-Super     h=128 p=64 g=8 n=128, chunks of 128: S is 4 MiB per layer and sequence in fp32, however long the sequence
+Super     h=128 p=64 g=8 n=128, chunks of 128: S is 4 MiB in fp32 per layer and sequence, of whatever length
 Not here  speed on a GPU: ssd_chunked(fast=True) has the same signature and meaning
-Sources   arXiv:2405.21060 sections 5-7 (the two forms, the block decomposition); sizes from the released config.json
-Departs   1. from Mamba-2's defaults, as the release does: the norm comes after the gate and has g groups, not one
+Sources   arXiv:2405.21060 sections 5-7 (the two forms, block decomposition); sizes: the released config.json
+Departs   1. from Mamba-2's defaults, as the release does: the norm comes after the gate, in g groups, not one
           2. from transformers: dt is never clamped (neither was it in training)
 """
 import math
@@ -32,14 +32,14 @@ LOG2E = 1 / math.log(2)                                      # exp(x) = 2^(x * L
 def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
     """The definition, one token at a time. Also the sampling step: t = 1, state in, state out.
 
-    x (b, t, h, p)   dt (b, t, h) after softplus   A (h,) negative   B, C (b, t, g, n)   D (h,)   state (b, h, p, n)
+    x (b, t, h, p)  dt (b, t, h), after softplus  A (h,), < 0  B, C (b, t, g, n)  D (h,)  state (b, h, p, n)
     Returns y (b, t, h, p) and the state after the last token.
     """
     b, t, h, p = x.shape
-    B, C = (v.repeat_interleave(h // v.shape[2], 2) for v in (B, C))         # (b, t, h, n)   16 heads a group in Super
+    B, C = (v.repeat_interleave(h // v.shape[2], 2) for v in (B, C))         # (b, t, h, n)   Super: h/g = 16
     a = (dt * A).exp()[..., None, None]                      # (b, t, h, 1, 1)
     u = (x * dt[..., None])[..., None]                       # (b, t, h, p, 1)
-    B, C = B[..., None, :].to(u.dtype), C[..., None].to(u.dtype)             # (b, t, h, 1, n)  (b, t, h, n, 1)
+    B, C = B[..., None, :].to(u.dtype), C[..., None].to(u.dtype)             # (b,t,h,1,n)  (b,t,h,n,1)
     S, y = u.new_zeros(b, h, p, B.shape[-1]) if state is None else state, []
     for i in range(t):
         S = torch.addcmul(a[:, i] * S, u[:, i], B[:, i])     # fade, then write u B^T
@@ -49,34 +49,34 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
 
 
 def ssd_masked(x, dt, A, B, C, D=None):
-    """The recurrence unrolled: y = (decay * C B^T) (dt x), causal attention whose mask fades instead of cutting.
+    """The recurrence unrolled: y = (decay * C B^T) (dt x), causal attention whose mask fades, not cuts.
 
-    Unrolling S_q gives y_q = sum over r <= q of (a_q a_{q-1} ... a_{r+1}) (C_q . B_r) dt_r x_r: a score C_q . B_r, and
-    no softmax. With every a = 1 the mask is the usual lower triangle of ones, and this is linear attention.
+    Unrolling S_q gives y_q = sum over r <= q of (a_q a_{q-1} ... a_{r+1}) (C_q . B_r) dt_r x_r: a score
+    C_q . B_r, no softmax. With every a = 1 the mask is a lower triangle of ones, and this linear attention.
     """
     h = x.shape[2]
     B, C = (v.repeat_interleave(h // v.shape[2], 2) for v in (B, C))         # (b, t, h, n)
-    score = torch.einsum("bqhn,brhn->bhqr", C, B)
-    y = torch.einsum("bhqr,brhp->bqhp", score * decay((dt * A * LOG2E).mT).to(x.dtype), (x * dt[..., None]).to(x.dtype))
+    score, mask = torch.einsum("bqhn,brhn->bhqr", C, B), decay((dt * A * LOG2E).mT).to(x.dtype)
+    y = torch.einsum("bhqr,brhp->bqhp", score * mask, (x * dt[..., None]).to(x.dtype))
     return y if D is None else y + D[:, None].to(x.dtype) * x
 
 
 def decay(bits):
-    """(..., q) base-2 logs of a -> (..., q, r): a_q a_{q-1} ... a_{r+1}, what is left at q of something written at r. 0 above.
+    """(..., q) base-2 logs of a -> (..., q, r): a_q ... a_{r+1}, what is left at q of a write at r; 0 above.
 
-    A power of a difference of running sums, never a quotient of products: those would underflow within one chunk. The
-    upper triangle is masked in the exponent, or it would overflow there (and turn the gradient of a zero into NaN).
+    A power of a difference of running sums, never a quotient of products: those would underflow in one chunk.
+    The upper triangle is masked in the exponent: it would overflow there and make a zero's gradient NaN.
     """
     s = bits.cumsum(-1)
     upper = torch.full((s.shape[-1],) * 2, -math.inf, dtype=s.dtype, device=s.device).triu(1)
-    return (s[..., :, None] - s[..., None, :]).add_(upper).exp2_()           # exp2: on a CPU several times faster than exp
+    return (s[..., :, None] - s[..., None, :]).add_(upper).exp2_()           # on a CPU far faster than exp
 
 
 def ssd_chunked(x, dt, A, B, C, D=None, state=None, chunk=128, fast=False):
     """The mask form inside chunks of q tokens, the recurrence between them. Shapes as in ssd_recurrent.
 
-    Every step is one batched matmul per head. The ragged end is padded with dt = 0: such a token fades nothing and
-    writes nothing. Decays and S are in the precision of dt (fp32 or more), the operands of matmuls in that of x.
+    Every step is one batched matmul per head. The ragged end is padded with dt = 0: such tokens neither fade
+    nor write. Decays and S are in the precision of dt (fp32 or more), the operands of matmuls in that of x.
     """
     if fast:
         from kernels.ssd import ssd
@@ -84,11 +84,12 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, chunk=128, fast=False):
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     q = min(chunk, t)
     def cut(v):                                              # (b, t, h, ...) -> (b, c, h, q, ...)
-        return F.pad(v, (0, 0) * (v.ndim - 2) + (0, -t % q)).unflatten(1, (-1, q)).transpose(2, 3).contiguous()
-    def per_head(v, w):                                      # (b, c, g, q, n) (b, c, h, q) -> (b, c, h, q, n)   v * w
+        v = F.pad(v, (0, 0) * (v.ndim - 2) + (0, -t % q))
+        return v.unflatten(1, (-1, q)).transpose(2, 3).contiguous()
+    def per_head(v, w):                                      # (b,c,g,q,n) (b,c,h,q) -> (b,c,h,q,n)   v * w
         return (v[:, :, :, None] * w.unflatten(2, (g, -1))[..., None]).flatten(2, 3).to(x.dtype)
     u = cut((x * dt[..., None]).to(x.dtype))                 # (b, c, h, q, p)   what is written
-    a, B, C = cut(dt * (A * LOG2E)), cut(B), cut(C)          # (b, c, h, q)   base-2 logs; B, C (b, c, g, q, n)
+    a, B, C = cut(dt * (A * LOG2E)), cut(B), cut(C)          # (b, c, h, q)   base-2 logs; (b, c, g, q, n)
     s = a.cumsum(-1)                                         # (b, c, h, q)   log decay since the chunk began
 
     # 1. Inside a chunk: attention with a fading mask. The scores are shared by the heads of a group.
@@ -113,32 +114,34 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, chunk=128, fast=False):
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """y_t = bias + sum over i of w_i x_{t+i}, every channel by itself: x (b, k-1+t, w), weight (w, 1, k) -> (b, t, w).
+    """y_t = bias + sum of w_i x_{t+i}, each channel by itself: x (b, k-1+t, w), weight (w, 1, k) -> (b, t, w)
 
-    Torch's convolution forwards; backward is written out, because on a CPU torch's own takes several times as long.
+    Torch's convolution forwards; backward is written out: on a CPU torch's own takes several times as long.
     """
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)                     # a 1 x t image, channels last: 10x conv1d on a CPU
+        ctx.save_for_backward(x, weight)                     # a 1 x t image: 10x as fast as conv1d on a CPU
         return F.conv2d(x.mT[:, :, None], weight[:, :, None], bias, groups=x.shape[2])[:, :, 0].mT
 
     @staticmethod
     def backward(ctx, dy):
         (x, weight), t = ctx.saved_tensors, dy.shape[1]
         k = weight.shape[-1]
-        dx = DepthwiseConv.apply(F.pad(dy, (0, 0, k - 1, k - 1)), weight.flip(-1), None)     # dx_s = sum of w_i dy_{s-i}
-        dw = torch.stack([(x[:, i:i + t] * dy).sum((0, 1)) for i in range(k)], -1)           # dw_i = sum of x_{t+i} dy_t
+        padded = F.pad(dy, (0, 0, k - 1, k - 1))
+        dx = DepthwiseConv.apply(padded, weight.flip(-1), None)                      # sum of w_i dy_{s-i}
+        dw = torch.stack([(x[:, i:i + t] * dy).sum((0, 1)) for i in range(k)], -1)   # sum of x_{t+i} dy_t
         return dx, dw[:, None], dy.sum((0, 1)) if ctx.needs_input_grad[2] else None
 
 
 def causal_conv(x, weight, bias, window=None):
-    """Every channel filters its own last k numbers, then SiLU. Gives B, C and x a look at the k-1 tokens before.
+    """Every channel filters its own last k numbers, then SiLU. So x, B and C get a look at k-1 tokens before.
 
-    x (b, t, w)   weight (w, 1, k)   bias (w,) or None   window (b, k-1, w): the inputs just before x, zeros at the start
+    x (b, t, w)   weight (w, 1, k)   bias (w,) or None   window (b, k-1, w): the inputs just before x, or None
     Returns y (b, t, w) and the padded input (b, k-1+t, w), from which the next window is cut.
     """
-    window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2]) if window is None else window.to(x.dtype)
-    x = torch.cat([window, x], 1)
+    if window is None:
+        window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2])   # zeros at the start
+    x = torch.cat([window.to(x.dtype), x], 1)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.shape[1] == weight.shape[-1]:                       # one new token: one sum over the taps
         y = (x * weight[:, 0].T).sum(1, keepdim=True)
@@ -149,7 +152,7 @@ def causal_conv(x, weight, bias, window=None):
 
 
 class GatedNorm(nn.Module):
-    """Gate first, then RMSNorm over each group of e/g channels: norm(y * silu(z)) * weight. Statistics in fp32.
+    """Gate first, then RMSNorm over each group of e/g channels: norm(y * silu(z)) * weight. Inside, fp32.
 
     Per group, so that a group never needs another one's numbers: groups can live on different GPUs, exactly.
     """
@@ -159,21 +162,21 @@ class GatedNorm(nn.Module):
 
     def forward(self, y, z):                                                 # (b, t, e) twice
         wide = torch.promote_types(y.dtype, torch.float32)
-        v = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))     # (b, t, g, e/g)
+        v = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))   # (b, t, g, e/g)
         v = F.rms_norm(v, v.shape[-1:], eps=self.eps).flatten(2)
         return (v * self.weight).to(y.dtype)
 
 
 class State:
-    """What a Mamba layer remembers of a sequence: conv (b, k-1, w), the last inputs; S (b, h, p, n) in fp32."""
+    """What a Mamba layer remembers: conv (b, k-1, w), its last inputs; S (b, h, p, n) in fp32."""
     def __init__(self):
-        self.conv = self.S = None                                            # None: nothing read yet, that is zeros
+        self.conv = self.S = None                                            # nothing read yet, that is zeros
 
 
 class Mamba2(nn.Module):
     """The mixer: one projection in, a short convolution, the recurrence, the gated norm, one projection out.
 
-    One method for training, prefill, chunked prefill and sampling: with `cache` it continues from there and updates it.
+    One method for training, prefill, chunked prefill and sampling: with `cache` it goes on from there.
     """
     def __init__(self, d, heads, head_dim, groups, state, conv_kernel=4, chunk=128, eps=1e-5, conv_bias=True):
         super().__init__()
@@ -186,12 +189,12 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(w, w, conv_kernel, groups=w, bias=conv_bias)
         self.A_log = nn.Parameter(torch.linspace(1, 16, heads).log())
         self.D = nn.Parameter(torch.ones(heads))
-        self.dt_bias = nn.Parameter(torch.logspace(-3, -1, heads).expm1().log())     # softplus of it: 0.001 ... 0.1
+        self.dt_bias = nn.Parameter(torch.logspace(-3, -1, heads).expm1().log())     # softplus: 0.001 ... 0.1
         self.norm = GatedNorm(e, groups, eps)
         self.out_proj = nn.Linear(e, d, bias=False)
 
     def forward(self, u, cache=None, count=None):
-        """u (b, t, d) -> (b, t, d). count (b,): how many tokens of each row are real when rows are padded on the right."""
+        """u (b, t, d) -> (b, t, d). count (b,): of rows padded on the right, how many tokens are real."""
         t = u.shape[1]
         e, w, h = self.split
         z, xBC, dt = self.in_proj(u).split(self.split, -1)
@@ -199,17 +202,17 @@ class Mamba2(nn.Module):
         x, B, C = xBC.split([e, (w - e) // 2, (w - e) // 2], -1)
         x = x.unflatten(-1, (h, -1))                                         # (b, t, h, p)
         B, C = (v.unflatten(-1, (self.groups, -1)) for v in (B, C))          # (b, t, g, n)
-        wide = torch.promote_types(dt.dtype, torch.float32)                  # small tensors that decide decay: never bf16
+        wide = torch.promote_types(dt.dtype, torch.float32)                  # it decides decay: never bf16
         dt = F.softplus(dt.to(wide) + self.dt_bias)                          # (b, t, h)
-        if count is not None:                                                # padding neither fades nor writes
+        if count is not None:                                                # padding: no fading, no writing
             dt = dt * (torch.arange(t, device=u.device) < count[:, None])[..., None]
         args = x, dt, -self.A_log.to(wide).exp(), B, C, self.D, cache and cache.S
         y, S = ssd_recurrent(*args) if t == 1 else ssd_chunked(*args, chunk=self.chunk, fast=self.fast)
         if cache is not None:
             cache.S, k = S, self.conv1d.weight.shape[-1]
             if count is None:
-                cache.conv = seen[:, t:].clone()                             # (b, k-1, w)   not a view: it would keep all of seen
-            else:                                                            # the k-1 inputs before each row's own end
+                cache.conv = seen[:, t:].clone()                             # (b, k-1, w)   no view of all
+            else:                                                            # the last k-1 of each row's own
                 at = count[:, None] + torch.arange(k - 1, device=u.device)
                 cache.conv = seen.take_along_dim(at[..., None], 1)
         return self.out_proj(self.norm(y.flatten(2), z))
@@ -220,8 +223,8 @@ def main():
     import time
     torch.manual_seed(0)
     def inputs(t, h=8, p=16, g=2, n=16, dtype=torch.float64):
-        r = lambda *s: torch.randn(*s, dtype=dtype)
-        return r(1, t, h, p), F.softplus(r(1, t, h) - 2), -torch.linspace(1, 8, h, dtype=dtype), r(1, t, g, n), r(1, t, g, n)
+        r, A = lambda *s: torch.randn(*s, dtype=dtype), -torch.linspace(1, 8, h, dtype=dtype)
+        return r(1, t, h, p), F.softplus(r(1, t, h) - 2), A, r(1, t, g, n), r(1, t, g, n)
 
     args = inputs(257)
     y, S = ssd_recurrent(*args)
@@ -231,9 +234,11 @@ def main():
     print(f"  mask form            {(ssd_masked(*args) - y).abs().max():.1e}")
     for c in (1, 16, 64, 128):
         print(f"  chunks of {c:<3}        {(ssd_chunked(*args, chunk=c)[0] - y).abs().max():.1e}")
-    print(f"  cut in two at 100    {(torch.cat([first, rest], 1) - y).abs().max():.1e}   state {(S2 - S).abs().max():.1e}")
+    cut = torch.cat([first, rest], 1)
+    print(f"  cut in two at 100    {(cut - y).abs().max():.1e}   state {(S2 - S).abs().max():.1e}")
 
-    print("\nmilliseconds on this CPU (fp32, 8 heads); the state a sampler carries has 8*16*16 numbers at any length")
+    print("\nmilliseconds on this CPU (fp32, 8 heads); "
+          "the state a sampler carries has 8*16*16 numbers at any length")
     print(f"{'tokens':>8} {'recurrence':>12} {'mask':>10} {'chunks':>10}")
     for t in (64, 256, 1024, 4096):
         args, took = inputs(t, dtype=torch.float32), []
@@ -245,7 +250,8 @@ def main():
                 times.append(time.perf_counter() - start)
             took.append(1e3 * min(times))
         print(f"{t:8} {took[0]:12.1f} {took[1]:10.1f} {took[2]:10.1f}")
-    print("the recurrence and the chunks grow with t, the mask with t squared; the chunks keep the matmuls and lose the square")
+    print("the recurrence and the chunks grow with t, the mask with t squared; "
+          "the chunks keep the matmuls and lose the square")
 
 
 if __name__ == "__main__":

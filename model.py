@@ -2,20 +2,21 @@
 Nemotron 3 Super: a stack of 88 one-mixer layers, spelled out by a string.
 
     x = Emb[token]                                  no scaling, no position
-    x = x + Mixer_l(RMSNorm_l(x))                   l-th letter of the pattern: M Mamba-2   * attention   E LatentMoE   - MLP
+    x = x + Mixer_l(RMSNorm_l(x))                   by letter l: M Mamba-2   * attention   E LatentMoE   - MLP
     logits = W_head RMSNorm_f(x)                    untied from the embedding
 
-Attention carries no position signal at all (NoPE): the Mamba layers in front of it know the order. Few layers attend, so
-the cache of a long conversation is small; few parameters are active, so a token is cheap; the string decides all of it.
+Attention carries no position signal at all (NoPE): the Mamba layers in front of it know the order. Few layers
+attend, so the cache of a long conversation is small; few parameters are active, so a token is cheap; the
+string decides all of it.
 
     super   MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME
 
-In this file: attention and its cache; the model; its initialisation; what it costs. Sizes and names: config.py.
+In this file: attention and its cache; the model; its initialisation; its costs. Sizes and names: config.py.
 `python model.py --preset super` prints the last for any preset, without allocating a single weight.
 
 Letters   b batch  t time  d model width  h query heads  e head dim  L keys seen so far  v vocabulary
-Sources   arXiv:2604.12374 section 2.1 and table 1; field and tensor names from the released config.json and checkpoint
-Departs   the residual stream and the parameters are fp32 (matrix products in bf16 under autocast), the release's are bf16
+Sources   arXiv:2604.12374 section 2.1 and table 1; names from the released config.json and checkpoint
+Departs   residual stream and parameters are fp32 (matrix products in bf16 under autocast), the release's bf16
 """
 import argparse
 import math
@@ -32,17 +33,17 @@ from mtp import MTP
 
 
 class KV:
-    """What an attention layer remembers: keys and values (b, kv heads, L, e), and how many tokens each row has read.
+    """What an attention layer remembers: keys and values (b, kv heads, L, e), and how much each row has read.
 
-    Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a row's own length is
-    never looked at, so dropping tokens from the end is a change of `length` alone.
+    Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a row's own
+    length is never looked at, so dropping tokens from the end is a change of `length` alone.
     """
     def __init__(self):
         self.k = self.v = self.length = None
         self.used, self.even = 0, True                   # the longest row; whether all rows are as long
 
     def append(self, k, v, count=None):
-        """Adds t tokens a row, of which count (b,) are real. Returns all keys, all values, and where the t tokens begin."""
+        """Adds t tokens a row, count (b,) of them real -> all keys, all values, where the t tokens begin."""
         b, heads, t, e = k.shape
         if self.k is None:
             self.k, self.v = k.new_zeros(b, heads, 0, e), v.new_zeros(b, heads, 0, e)
@@ -63,21 +64,23 @@ class KV:
 
 
 def attend(q, k, v, first):
-    """Causal attention of new queries over all keys: query i of a row stands at position first + i, and sees up to there.
+    """Causal attention of new queries over all keys: query i of a row is at first + i, and sees up to there.
 
     q (b, h, t, e)   k, v (b, kv heads, L, e)   first: a number, or (b,) when rows differ   -> (b, h, t, e)
     """
     (b, _, t, _), L = q.shape, k.shape[2]
     even = isinstance(first, int)
-    if even and (t == 1 or first == 0):                                      # one query sees all; the first t see a triangle
+    if even and (t == 1 or first == 0):                                      # one sees all, t a triangle
         return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1, enable_gqa=True)
-    out, rows = [], max(1, 2 ** 22 // (b * L))                               # some queries at a time: the mask stays small
+    out, rows = [], max(1, 2 ** 22 // (b * L))                               # the mask stays small
     for i in range(0, t, rows):
         n = min(rows, t - i)
         end = first + i + n if even else L
-        at = torch.arange(i, i + n, device=q.device) + (first if even else first[:, None, None])     # (n,) or (b, 1, n)
+        at = torch.arange(i, i + n, device=q.device)
+        at = at + (first if even else first[:, None, None])                  # (n,) or (b, 1, n)
         mask = torch.arange(end, device=q.device) <= at[..., None]           # (n, end) or (b, 1, n, end)
-        out.append(F.scaled_dot_product_attention(q[:, :, i:i + n], k[:, :, :end], v[:, :, :end], mask, enable_gqa=True))
+        seen = k[:, :, :end], v[:, :, :end]
+        out.append(F.scaled_dot_product_attention(q[:, :, i:i + n], *seen, mask, enable_gqa=True))
     return torch.cat(out, 2)
 
 
@@ -92,7 +95,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, d, bias=False)
 
     def forward(self, u, cache=None, count=None):                            # (b, t, d) -> (b, t, d)
-        q, k, v = (proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (b, h, t, e)  (b, kv heads, t, e) twice
+        q, k, v = (proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (b, h or kv heads, t, e)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         y = attend(q, *((k, v, 0) if cache is None else cache.append(k, v, count)))
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -103,16 +106,17 @@ class Block(nn.Module):
     def __init__(self, c, letter):
         super().__init__()
         self.norm = nn.RMSNorm(c.hidden_size, c.layer_norm_epsilon)
-        self.remembers = letter in "M*"                                      # the other letters look at one token only
+        self.remembers = letter in "M*"                                      # others look at one token only
         if letter == "M":
-            self.mixer = Mamba2(c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size,
-                                c.conv_kernel, c.chunk_size, c.layer_norm_epsilon, c.use_conv_bias)
+            self.mixer = Mamba2(c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.n_groups,
+                                c.ssm_state_size, c.conv_kernel, c.chunk_size, c.layer_norm_epsilon,
+                                c.use_conv_bias)
         elif letter == "*":
             self.mixer = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         elif letter == "E":
-            self.mixer = LatentMoE(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size,
-                                   c.moe_shared_expert_intermediate_size, c.moe_latent_size, c.routed_scaling_factor,
-                                   c.norm_topk_prob)
+            self.mixer = LatentMoE(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok,
+                                   c.moe_intermediate_size, c.moe_shared_expert_intermediate_size,
+                                   c.moe_latent_size, c.routed_scaling_factor, c.norm_topk_prob)
         else:
             self.mixer = MLP(c.hidden_size, c.intermediate_size)
 
@@ -122,17 +126,19 @@ class Block(nn.Module):
 
 
 class Cache:
-    """All a model remembers of the tokens it has read: KV per attention layer, State per Mamba layer, nothing else.
+    """All a model remembers of the tokens it has read: KV per attention layer, State per Mamba layer.
 
-    The model appends to it: `model(ids, cache)` reads any number of tokens, so prefill, chunked prefill, one-token
-    decoding and verification are one call. With count (b,), rows are padded on the right and only count of them are real.
+    The model appends to it: `model(ids, cache)` reads any number of tokens, so prefill, chunked prefill,
+    one-token decoding and verification are one call. With count (b,), rows are padded on the right, and only
+    count of their tokens are real.
     """
     def __init__(self, pattern, batch):
-        self.batch, self.layers = batch, [{"M": State, "*": KV}.get(letter, lambda: None)() for letter in pattern]
+        kinds = {"M": State, "*": KV}
+        self.batch, self.layers = batch, [kinds.get(letter, lambda: None)() for letter in pattern]
 
 
 class Nemotron(nn.Module):
-    """The whole model. model(ids) -> logits (b, t, v) in fp32; model.mtp is the multi-token-prediction block, or None."""
+    """The whole model. model(ids) -> logits (b, t, v) in fp32; model.mtp is the MTP block, or None."""
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = c = config
@@ -141,13 +147,14 @@ class Nemotron(nn.Module):
         self.backbone.layers = nn.ModuleList(Block(c, letter) for letter in c.hybrid_override_pattern)
         self.backbone.norm_f = nn.RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.mtp = MTP(lambda letter: Block(c, letter), c.hidden_size, c.mtp_hybrid_override_pattern, c.num_nextn_predict_layers,
-                       c.mtp_num_layers, c.layer_norm_epsilon) if c.num_nextn_predict_layers else None
+        self.mtp = MTP(lambda letter: Block(c, letter), c.hidden_size, c.mtp_hybrid_override_pattern,
+                       c.num_nextn_predict_layers, c.mtp_num_layers,
+                       c.layer_norm_epsilon) if c.num_nextn_predict_layers else None
         if self.lm_head.weight.device.type != "meta":
             init_weights(self, seed)
 
     def hidden(self, ids, cache=None, count=None):
-        """ids (b, t) -> the normalised states (b, t, d) that the head and the MTP block read. Cached calls have no gradient."""
+        """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no gradient."""
         if cache is not None and len(ids) != cache.batch:
             raise ValueError(f"{len(ids)} rows of tokens for a cache of {cache.batch} rows")
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -170,11 +177,12 @@ class Nemotron(nn.Module):
 
 @torch.no_grad()
 def init_weights(model, seed=0):
-    """Writes every parameter as pre-training did (section 1.6 of the report's code), and zeroes the router's biases.
+    """Writes every parameter as pre-training did (section 1.6 of the report's code), zeroes router biases.
 
-    N(0, std) for matrices, divided by sqrt(layers) where they write into the residual stream; dt log-uniform in
-    [time_step_min, time_step_max]; A uniform in (1, 16). Each tensor has its own generator, seeded by its name, so the
-    numbers depend neither on the device nor on which other tensors exist. Works on a model moved from the meta device.
+    N(0, std) for matrices, divided by sqrt(layers) where they write into the residual stream; dt log-uniform
+    in [time_step_min, time_step_max]; A uniform in (1, 16). Each tensor has its own generator, seeded by its
+    name, so the numbers depend neither on the device nor on which other tensors exist. Works on a model moved
+    from the meta device.
     """
     c = model.config
     for name, p in model.state_dict().items():
@@ -182,13 +190,14 @@ def init_weights(model, seed=0):
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if kind == "e_score_correction_bias":
             w = torch.zeros(p.shape)
-        elif "conv1d" in name:                                               # PyTorch's own default for k taps
+        elif "conv1d" in name:                                               # PyTorch's default for k taps
             w = torch.empty(p.shape).uniform_(-1, 1, generator=g) * c.conv_kernel ** -.5
         elif kind == "A_log":
             w = torch.empty(p.shape).uniform_(1, 16, generator=g).log()
         elif kind == "dt_bias":
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            w = torch.empty(p.shape).uniform_(low, high, generator=g).exp().clamp(min=c.time_step_floor).expm1().log()
+            dt = torch.empty(p.shape).uniform_(low, high, generator=g).exp().clamp(min=c.time_step_floor)
+            w = dt.expm1().log()
         elif p.ndim == 1:                                                    # norms and D
             w = torch.ones(p.shape)
         else:
@@ -202,26 +211,33 @@ def init_weights(model, seed=0):
 
 
 def costs(config, context=8192):
-    """Rows (what, layers, parameters, active parameters, forward FLOPs per token) and the cache's bytes; no weight is made.
+    """Rows (what, layers, parameters, active ones, forward FLOPs per token), MTP's row, the cache's bytes.
 
-    FLOPs: two per active weight, and what the mixers do besides: attention over a mean of context/2 keys, and the scan.
+    FLOPs: two per active weight, and what the mixers do besides: attention over a mean of context/2 keys, and
+    the scan. No weight is made.
     """
     c = config
     with torch.device("meta"):
         model = Nemotron(c)
-    scan = 2 * c.mamba_num_heads * c.mamba_head_dim * (c.chunk_size + 2 * c.ssm_state_size) + 2 * c.chunk_size * c.n_groups * c.ssm_state_size
+    scores = 2 * c.chunk_size * c.n_groups * c.ssm_state_size
+    scan = 2 * c.mamba_num_heads * c.mamba_head_dim * (c.chunk_size + 2 * c.ssm_state_size) + scores
     beside = {"M": scan, "*": 4 * c.num_attention_heads * c.head_dim * context / 2}
     def row(what, module, layers=1, extra=0):
         tensors = module.state_dict().items()
         total = sum(p.numel() for _, p in tensors)
-        idle = sum(p.numel() for n, p in tensors if ".experts." in "." + n) * (1 - c.num_experts_per_tok / c.n_routed_experts)
+        idle = sum(p.numel() for n, p in tensors if ".experts." in "." + n)
+        idle *= 1 - c.num_experts_per_tok / c.n_routed_experts
         matrices = sum(p.numel() for _, p in tensors if p.ndim > 1) - idle
         return what, layers, layers * total, layers * round(total - idle), layers * (2 * matrices + extra)
-    kinds = [(letter, [b for b, x in zip(model.backbone.layers, c.hybrid_override_pattern) if x == letter]) for letter in LETTERS]
-    rows = [row(f"{letter} {LETTERS[letter]}", blocks[0], len(blocks), beside.get(letter, 0)) for letter, blocks in kinds if blocks]
-    rows += [("embedding", 1, *[model.backbone.embeddings.weight.numel()] * 2, 0), row("final norm", model.backbone.norm_f),
-             row("head", model.lm_head)]
-    mtp = row("MTP block", model.mtp, 1, sum(beside.get(x, 0) for x in c.mtp_hybrid_override_pattern)) if model.mtp else None
+    rows = []
+    for letter, what in LETTERS.items():
+        blocks = [b for b, x in zip(model.backbone.layers, c.hybrid_override_pattern) if x == letter]
+        if blocks:
+            rows.append(row(f"{letter} {what}", blocks[0], len(blocks), beside.get(letter, 0)))
+    rows += [("embedding", 1, *[model.backbone.embeddings.weight.numel()] * 2, 0),
+             row("final norm", model.backbone.norm_f), row("head", model.lm_head)]
+    extra = sum(beside.get(x, 0) for x in c.mtp_hybrid_override_pattern)
+    mtp = row("MTP block", model.mtp, 1, extra) if model.mtp else None
     channels = c.mamba_num_heads * c.mamba_head_dim + 2 * c.n_groups * c.ssm_state_size
     state = 4 * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size + 2 * (c.conv_kernel - 1) * channels
     cache = dict(kv=c.hybrid_override_pattern.count("*") * 4 * c.num_key_value_heads * c.head_dim,
@@ -232,7 +248,7 @@ def costs(config, context=8192):
 def main(argv=None):
     p = argparse.ArgumentParser(description="What a preset is made of and what it costs.", allow_abbrev=False)
     p.add_argument("--preset", default="super", help=", ".join(PRESETS))
-    p.add_argument("--context", type=int, default=8192, help="tokens of context, for attention's FLOPs and the cache")
+    p.add_argument("--context", type=int, default=8192, help="tokens of context, for FLOPs and cache")
     a = p.parse_args(argv)
     try:
         c = Config.preset(a.preset)
@@ -240,8 +256,10 @@ def main(argv=None):
         p.error(str(e))
     rows, mtp, cache = costs(c, a.context)
     print(f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n\n  {c.hybrid_override_pattern}\n")
-    print(f"{'':14}{'layers':>7}{'parameters':>18}{'active':>17}{'GFLOP/token':>13}   forward, context {a.context:,}")
-    show = lambda what, n, total, active, flops: print(f"{what:14}{n:7}{total:18,}{active:17,}{flops / 1e9:13.3f}")
+    print(f"{'':14}{'layers':>7}{'parameters':>18}{'active':>17}{'GFLOP/token':>13}   "
+          f"forward, context {a.context:,}")
+    def show(what, n, total, active, flops):
+        print(f"{what:14}{n:7}{total:18,}{active:17,}{flops / 1e9:13.3f}")
     for r in rows:
         show(*r)
     total, active, flops = (sum(r[i] for r in rows) for i in (2, 3, 4))
@@ -251,12 +269,14 @@ def main(argv=None):
         show("+ MTP block", *mtp[1:])
         print(f"{'total with MTP':21}{total + mtp[2]:18,}")
     everything = total + (mtp[2] if mtp else 0)
-    print(f"\ncache      {cache['kv']:,} bytes a token (keys and values, bf16) and {cache['state']:,} bytes a sequence "
-          f"(S in fp32, conv window in bf16):\n           {(cache['kv'] * a.context + cache['state']) / 1e9:.3f} GB for "
-          f"{a.context:,} tokens, {(cache['kv'] * 2**20 + cache['state']) / 1e9:.3f} GB for 1,048,576")
+    size = lambda tokens: (cache["kv"] * tokens + cache["state"]) / 1e9
+    print(f"\ncache      {cache['kv']:,} bytes a token (keys and values, bf16) and {cache['state']:,} bytes "
+          "a sequence (S in fp32, conv window in bf16):\n           "
+          f"{size(a.context):.3f} GB for {a.context:,} tokens, {size(2**20):.3f} GB for 1,048,576")
     print(f"inference  {2 * everything / 1e9:,.2f} GB of weights in bf16")
-    print(f"training   {16 * everything / 1e9:,.2f} GB for weights, gradients and AdamW's two moments in fp32, before activations;\n"
-          f"           {3 * flops / 1e9:,.3f} GFLOP a token, forward and backward, without MTP")
+    print(f"training   {16 * everything / 1e9:,.2f} GB for weights, gradients and AdamW's two moments "
+          f"in fp32, before activations;\n           "
+          f"{3 * flops / 1e9:,.3f} GFLOP a token, forward and backward, without MTP")
 
 
 if __name__ == "__main__":

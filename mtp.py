@@ -1,15 +1,16 @@
 """
 Multi-token prediction: one extra block, used again and again, that looks one token further each time.
 
-The backbone's normalised hidden state h_t predicts token t+1. Tell the block what token t+1 turned out to be, and it
-makes a state that predicts token t+2; tell it that one, and it predicts t+3. With E the embedding table:
+The backbone's normalised hidden state h_t predicts token t+1. Tell the block what token t+1 turned out to be,
+and it makes a state that predicts token t+2; tell it that one, and it predicts t+3. With E the embeddings:
 
-    v    = W_eh [ norm_e(E[token_{t+k}]) ; norm_h(h^(k-1)_t) ]     embedding first, hidden second     h^(0) = backbone
-    v    = v + Attention(norm(v));  v = v + LatentMoE(norm(v))     the letters of the pattern `*E`
-    h^(k)_t = final_norm(v)   ->   head(h^(k)_t) predicts token_{t+k+1}          head and E are the backbone's own
+    v = W_eh [ norm_e(E[token_{t+k}]) ; norm_h(h^(k-1)_t) ]   embedding first, hidden second; h^(0) = backbone
+    v = v + Attention(norm(v));  v = v + LatentMoE(norm(v))   the letters of the pattern `*E`
+    h^(k)_t = final_norm(v)                                   head(h^(k)_t) predicts token_{t+k+1}
 
-As a training signal it adds 0.3/K times the loss of each of K depths. As a built-in drafter it proposes the next tokens
-for almost nothing. The weights are the same at every depth, which is why a block trained at K = 2 can draft further.
+Head and E are the backbone's own. As a training signal it adds 0.3/K times the loss of each of K depths. As a
+built-in drafter it proposes the next tokens for almost nothing. The weights are the same at every depth, so
+a block trained at K = 2 can draft further.
 
         position t            0        1        2        3        4
         h^(0) has read        T        Th       The      The_     The_c
@@ -21,8 +22,8 @@ for almost nothing. The weights are the same at every depth, which is why a bloc
 
 Letters   b batch  t time  d model width  k depth, 1..K
 Super     pattern *E, one stored block (2.9 G parameters, its own 512 experts), K = 2
-Not here  what a block is: `make_block` comes from the caller, so that this file teaches only what is around it
-Sources   arXiv:2604.12374 section 2.1.2; arXiv:2412.19437 section 2.2; tensor names and order [e ; h] from the release
+Not here  what a block is: `make_block` comes from the caller, so this file teaches only what is around it
+Sources   arXiv:2604.12374 section 2.1.2; arXiv:2412.19437 section 2.2; names and order [e ; h]: the release
 Departs   from DeepSeek-V3's text, which writes [h ; e] and gives every depth its own weights
 """
 import torch
@@ -33,8 +34,8 @@ from torch import nn
 class MTP(nn.Module):
     """`blocks` stored copies of `pattern`, trained at `depths` depths; depth k uses block min(k, blocks).
 
-    make_block(letter) -> a module with x -> x + mixer(norm(x)). Names are the released ones: layers.0 and layers.1 are
-    the letters of the pattern, not depths.
+    make_block(letter) -> a module with x -> x + mixer(norm(x)). Names are the released ones: layers.0 and
+    layers.1 are the letters of the pattern, not depths.
     """
     def __init__(self, make_block, d, pattern="*E", blocks=1, depths=2, eps=1e-5):
         super().__init__()
@@ -57,18 +58,18 @@ class MTP(nn.Module):
 
 
 def roll(x):
-    """Shift left by one in time; the vacated last position becomes 0 (for a mask: masked).   (b, t) -> (b, t)"""
+    """Shift left by one in time; the vacated last position is 0 (for a mask: masked).   (b, t) -> (b, t)"""
     return F.pad(x[:, 1:], (0, 1))
 
 
 def nll(logits, targets, mask):
-    """Negative log-likelihood in nats, summed over the positions mask keeps.   (b, t, v) (b, t) (b, t) -> scalar, fp32"""
+    """Negative log-likelihood in nats, summed where mask holds.   (b, t, v) (b, t) (b, t) -> scalar, fp32"""
     each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     return (each * mask.flatten()).sum()
 
 
 def loss(mtp, h, targets, mask, embed, head):
-    """The summed loss of every depth: [depth 1, ..., depth K]. Divide each by its own number of targets, see `counts`.
+    """The summed loss of every depth: [depth 1, ..., depth K]. Divide each by its own targets, see `counts`.
 
     h (b, t, d) the backbone's states   targets (b, t) the tokens t+1   mask (b, t) bool, which targets count
     """
@@ -90,8 +91,8 @@ def counts(mask, depths):
 
 
 def main():
-    """Prints the point: trained at two depths, the shared block goes on being right at depths it never saw."""
-    class Block(nn.Module):                                                  # stands in for attention and experts
+    """Prints the point: trained at two depths, the shared block stays right at depths it never saw."""
+    class Block(nn.Module):                                                  # stands in for the real one
         def __init__(self, d):
             super().__init__()
             self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
@@ -101,16 +102,18 @@ def main():
 
     torch.manual_seed(0)
     v, d, t = 32, 48, 24
-    follows = torch.randperm(v)                                              # the language: every token has one successor
+    follows = torch.randperm(v)                                              # every word has one successor
     def text(b):
         ids = torch.randint(v, (b, 1))
         for _ in range(t):
             ids = torch.cat([ids, follows[ids[:, -1:]]], 1)
         return ids
 
-    print(f"a language of {v} words, each with one successor; log({v}) = {torch.tensor(float(v)).log():.2f} nats is chance")
+    print(f"a language of {v} words, each with one successor; "
+          f"log({v}) = {torch.tensor(float(v)).log():.2f} nats is chance")
     print(f"{'':28}" + "".join(f"depth {k:<4}" for k in range(1, 6)))
-    for name, blocks, depths in (("shared block, 2 depths", 1, 2), ("shared block, 1 depth", 1, 1), ("two separate blocks", 2, 2)):
+    for name, blocks, depths in (("shared block, 2 depths", 1, 2), ("shared block, 1 depth", 1, 1),
+                                 ("two separate blocks", 2, 2)):
         torch.manual_seed(1)
         embed, head = nn.Embedding(v, d), nn.Linear(d, v, bias=False)
         block = MTP(lambda letter: Block(d), d, pattern="*E", blocks=blocks, depths=depths)
@@ -120,7 +123,8 @@ def main():
             ids = text(16)
             x, y = ids[:, :-1], ids[:, 1:]
             mask = torch.ones_like(y, dtype=torch.bool)
-            total = sum(s / n for s, n in zip(loss(block, embed(x), y, mask, embed, head), counts(mask, depths)[1:]))
+            sums = loss(block, embed(x), y, mask, embed, head)
+            total = sum(s / n for s, n in zip(sums, counts(mask, depths)[1:]))
             opt.zero_grad()
             total.backward()
             opt.step()
@@ -129,7 +133,8 @@ def main():
             sums = loss(block, embed(x), y, mask, embed, head)
         row = "".join(f"{float(s) / n:<10.3f}" for s, n in zip(sums, counts(mask, 5)[1:]))
         print(f"  {name:24}  {row}  {sum(p.numel() for p in block.parameters()):,} parameters")
-    print(f"targets left at depth 0 ... 5 of {t} positions: {[n // 16 for n in counts(mask, 5)]}: each depth masks one more")
+    left = [n // 16 for n in counts(mask, 5)]
+    print(f"targets left at depth 0 ... 5 of {t} positions: {left}: each depth masks one more")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# Idle threads sleep instead of spinning: next to a busy browser a step takes twice as long, not ten times.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Waiting threads spin for about 0.1 ms, then sleep. Spinning on next to a busy process costs ten times the step.
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 import torch
 
 import checkpoint
@@ -120,14 +120,14 @@ def losses(model, ids, mask=None):
 
 @torch.no_grad()
 def evaluate(model, tokens, run, per_id, cast):
-    """Always the same windows, spread evenly over the split -> nats per token, bits per byte of what they stand for."""
-    device, size = model.lm_head.weight.device, run.micro or run.batch
-    windows = max(1, min(run.eval_tokens, len(tokens) - 1) // run.length)
-    starts = [i * (len(tokens) - 1 - run.length) // max(1, windows - 1) for i in range(windows)]
+    """Always the same windows, spread evenly over the split -> nats per token, bits per byte they stand for."""
+    device, size, t = model.lm_head.weight.device, run.micro or run.batch, run.length
+    windows = max(1, min(run.eval_tokens, len(tokens) - 1) // t)
+    starts = [i * (len(tokens) - 1 - t) // max(1, windows - 1) for i in range(windows)]
     nats = count = length_in_bytes = 0
     model.eval()
     for i in range(0, windows, size):
-        ids = torch.stack([torch.as_tensor(tokens[s:s + run.length + 1].astype("int64")) for s in starts[i:i + size]])
+        ids = torch.stack([torch.as_tensor(tokens[s:s + t + 1].astype("int64")) for s in starts[i:i + size]])
         x, y = ids[:, :-1].to(device), ids[:, 1:]
         with cast():
             logits = model(x)

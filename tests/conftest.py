@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, so that a busy machine stays usable
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch: idle threads sleep, a busy machine stays usable
 import torch
 from hypothesis import settings
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
-settings.register_profile("repo", deadline=None, derandomize=True, database=None)      # the same examples on every machine
+settings.register_profile("repo", deadline=None, derandomize=True, database=None)   # the same examples on every machine
 settings.load_profile("repo")
 
 

@@ -40,7 +40,8 @@ def oracle(moe, u, pick=None, weigh_with_bias=False, scale_shared=False, normali
         chosen = s + bias if weigh_with_bias else s
         total = sum(chosen[e] for e in T) + 1e-20 if normalise else 1
         c = w["fc1_latent_proj.weight"] @ x if "fc1_latent_proj.weight" in w else x
-        r = sum(moe.scale * chosen[e] / total * (w["experts.down_proj"][e] @ F.relu(w["experts.up_proj"][e] @ c) ** 2) for e in T)
+        r = sum(moe.scale * chosen[e] / total * (w["experts.down_proj"][e] @ F.relu(w["experts.up_proj"][e] @ c) ** 2)
+                for e in T)
         out = w["fc2_latent_proj.weight"] @ r if "fc2_latent_proj.weight" in w else r
         shared = w["shared_experts.down_proj.weight"] @ F.relu(w["shared_experts.up_proj.weight"] @ x) ** 2
         rows.append(out + (moe.scale if scale_shared else 1) * shared)
@@ -67,7 +68,8 @@ def test_22_of_512_is_the_loop(latent, b, t):
 
 
 @pytest.mark.parametrize("experts,k,latent,hidden,norm", [
-    (1, 1, 4, 3, False), (2, 2, None, 3, True), (7, 3, 5, 1, True), (16, 4, 8, 8, True), (16, 16, 4, 3, True), (5, 1, 1, 4, False)])
+    (1, 1, 4, 3, False), (2, 2, None, 3, True), (7, 3, 5, 1, True), (16, 4, 8, 8, True), (16, 16, 4, 3, True),
+    (5, 1, 1, 4, False)])
 def test_other_shapes_are_the_loop(experts, k, latent, hidden, norm):
     moe = build(experts, k, latent=latent, hidden=hidden, norm_topk_prob=norm)
     u = tokens(3, 4)
@@ -99,13 +101,14 @@ def test_ties():
 
 @pytest.mark.parametrize("latent", [8, None])
 def test_fp32_takes_the_one_call_path_to_the_same_place(latent):
-    moe, u = build(experts=16, k=4, d=16, latent=latent, hidden=12, dtype=torch.float32), tokens(2, 9, d=16, dtype=torch.float32)
+    moe = build(experts=16, k=4, d=16, latent=latent, hidden=12, dtype=torch.float32)
+    u = tokens(2, 9, d=16, dtype=torch.float32)
     want, got = oracle(moe, u), moe(u)
     assert rms(got, want) <= 1e-6
     names, tensors = zip(*moe.named_parameters())
     for name, g, w in zip(names, *(torch.autograd.grad((y ** 2).sum(), tensors) for y in (got, want))):
         assert rms(g, w) <= 1e-5, name
-    moe(u).sum().backward()                                                  # the gradient of a sum is one number with stride 0
+    moe(u).sum().backward()                                          # the gradient of a sum is one number with stride 0
 
 
 def loop_mm(x, w, count):
@@ -117,7 +120,8 @@ def loop_mm(x, w, count):
 
 
 # whole 16-byte rows go through one call of torch, odd ones through a loop over experts
-@pytest.mark.parametrize("count", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1], [0, 0, 0, 7], [130, 0, 1, 67], [0, 0, 0, 0]])
+@pytest.mark.parametrize("count",
+                         [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1], [0, 0, 0, 7], [130, 0, 1, 67], [0, 0, 0, 0]])
 @pytest.mark.parametrize("i,o", [(8, 16), (5, 7), (8, 7), (5, 8), (4, 4), (1, 1)])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_grouped_mm_is_a_loop(count, i, o, dtype, tolerance):
@@ -174,13 +178,14 @@ def test_weights_sum_to_the_scale_until_the_scores_vanish():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_router_stays_in_fp32(dtype):
-    """512 experts, near-ties everywhere: under autocast the choice is the fp32 one, which a bf16 router does not make."""
+    """512 experts, near-ties everywhere: autocast leaves the choice the fp32 one, which a bf16 router does not make."""
     moe = build(d=64, dtype=torch.float32)
     u = tokens(4, 64, d=64, dtype=dtype)
     with torch.no_grad():
         s = torch.sigmoid(u.flatten(0, 1).float() @ moe.gate.weight.T)
         want = s.topk(22).indices.sort().values
-        rounded = torch.sigmoid((u.flatten(0, 1).bfloat16() @ moe.gate.weight.bfloat16().T).float()).topk(22).indices.sort().values
+        score = torch.sigmoid((u.flatten(0, 1).bfloat16() @ moe.gate.weight.bfloat16().T).float())
+        rounded = score.topk(22).indices.sort().values
         with torch.autocast("cpu", torch.bfloat16):
             pick, gate = moe.route(u)
             assert moe(u).isfinite().all()
@@ -203,13 +208,14 @@ def test_bf16_autocast_is_near_fp32_and_reaches_every_parameter(latent):
 
 
 def test_projections_run_once_and_in_the_latent():
-    """Down once for every token, the experts on k copies of it, up once after the sum; router and shared expert full width."""
+    """Down once a token, the experts on k copies of it, up once after the sum; router and shared expert full width."""
     moe, seen = build(experts=16, k=4), {}
     note = lambda name: lambda m, args, out: seen.setdefault(name, []).append(tuple(args[0].shape[-2:]))
     for name in ("fc1_latent_proj", "fc2_latent_proj", "shared_experts", "gate"):
         moe.get_submodule(name).register_forward_hook(note(name))
     mm = moe.experts.mm
-    moe.experts.mm = lambda x, w, count: seen.setdefault("mm", []).append((tuple(x.shape), count.tolist())) or mm(x, w, count)
+    moe.experts.mm = lambda x, w, count: (
+        seen.setdefault("mm", []).append((tuple(x.shape), count.tolist())) or mm(x, w, count))
     moe(tokens(1, 6))
     assert seen["fc1_latent_proj"] == [(6, 12)] and seen["fc2_latent_proj"] == [(6, 4)]
     assert [s[-1] for s in seen["shared_experts"] + seen["gate"]] == [12, 12]
@@ -257,7 +263,8 @@ def loaded(experts, k, load, **kw):
     return moe
 
 
-@pytest.mark.parametrize("load", [[4, 4, 4], [0, 0, 12], [1, 5, 6], [3, 4, 5], [10**9, 1, 1], [10**9 + 1, 10**9, 10**9 - 1]])
+@pytest.mark.parametrize("load",
+                         [[4, 4, 4], [0, 0, 12], [1, 5, 6], [3, 4, 5], [10**9, 1, 1], [10**9 + 1, 10**9, 10**9 - 1]])
 def test_the_sign_rule_by_hand(load):
     moe, mean = loaded(3, 2, load, dtype=torch.float32), sum(load) / 3
     update_bias(moe, .5), moe.load.copy_(torch.tensor(load))
@@ -334,7 +341,8 @@ def test_sequence_balance_in_perfect_balance_and_at_its_worst():
     assert sequence_balance(ring.expand(3, E, E), k) == pytest.approx(3, abs=1e-12)        # summed over sequences
     one = torch.tensor([.9, .8] + [1e-9] * 6, dtype=torch.float64).expand(1, 8, 8)
     assert sequence_balance(one, k) == pytest.approx(E / k, rel=1e-6)
-    halves = torch.cat([ring[:, :1].expand(1, 4, E), ring[:, 4:5].expand(1, 4, E)])        # each sequence lopsided, their sum less
+    halves = torch.cat([ring[:, :1].expand(1, 4, E),
+                        ring[:, 4:5].expand(1, 4, E)])        # each sequence lopsided, their sum less
     assert sequence_balance(halves, k) > 2 * 1.4
 
 
@@ -397,7 +405,8 @@ def test_mlp():
     m, x = MLP(5, 9).double(), torch.randn(2, 3, 5, dtype=torch.float64)
     a = x @ m.up_proj.weight.T
     assert rms(m(x), torch.where(a > 0, a * a, 0) @ m.down_proj.weight.T) <= 1e-12
-    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {"up_proj.weight": (9, 5), "down_proj.weight": (5, 9)}
+    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {"up_proj.weight": (9, 5),
+                                                                    "down_proj.weight": (5, 9)}
 
 
 def test_parameter_names_and_shapes_are_the_released_ones():

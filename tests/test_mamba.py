@@ -37,7 +37,8 @@ def inputs(t, g, h=8, p=3, n=5, b=2, seed=0, dt=(1e-3, 1.)):
     f = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64)
     u = lambda *s: torch.rand(*s, generator=r, dtype=torch.float64)
     low, high = map(math.log, dt)
-    return [f(b, t, h, p), (low + (high - low) * u(b, t, h)).exp(), -1 - 15 * u(h), f(b, t, g, n), f(b, t, g, n), f(h), f(b, h, p, n)]
+    return [f(b, t, h, p), (low + (high - low) * u(b, t, h)).exp(), -1 - 15 * u(h), f(b, t, g, n), f(b, t, g, n), f(h),
+            f(b, h, p, n)]
 
 
 def with_grads(form, args, seed=1):
@@ -57,7 +58,8 @@ def test_the_oracle_itself_against_plain_numbers():
             s = [float(state[0, h, p, n]) for n in range(3)]
             for t in range(4):
                 for n in range(3):
-                    s[n] = math.exp(float(dt[0, t, h] * A[h])) * s[n] + float(dt[0, t, h] * x[0, t, h, p] * B[0, t, g, n])
+                    write = float(dt[0, t, h] * x[0, t, h, p] * B[0, t, g, n])
+                    s[n] = math.exp(float(dt[0, t, h] * A[h])) * s[n] + write
                 y = sum(s[n] * float(C[0, t, g, n]) for n in range(3)) + float(D[h] * x[0, t, h, p])
                 assert abs(y - want[0, t, h, p]) < 1e-12
             assert all(abs(s[n] - S[0, h, p, n]) < 1e-12 for n in range(3))
@@ -71,13 +73,14 @@ def test_three_forms_one_answer_and_one_gradient(t, g):
     for D in (False, True):
         for state in (False, True):
             keep = [v for name, v in zip(NAMES, full) if (name != "D" or D) and (name != "state" or state)]
-            named = lambda form, **kw: lambda *a: form(*a[:5], D=a[5] if D else None, state=a[-1] if state else None, **kw)
+            named = lambda form, **kw: lambda *a: form(*a[:5], D=a[5] if D else None, state=a[-1] if state else None,
+                                                       **kw)
             want = with_grads(named(oracle), keep)
             forms = {"recurrent": named(ssd_recurrent), "chunked": named(ssd_chunked, chunk=16)}
             for name, form in forms.items():
                 for what, got, ok in zip(("y", "S", *("grad " + n for n in NAMES)), with_grads(form, keep), want):
                     assert rms(got, ok) <= 1e-10, (name, what, D, state)
-            if not state:                                                    # the mask form returns no state: read y alone
+            if not state:                                                # the mask form returns no state: read y alone
                 only_y = lambda form: lambda *a: (form(*a), torch.zeros(1, dtype=torch.float64))
                 masked = with_grads(only_y(lambda *a: ssd_masked(*a[:5], D=a[5] if D else None)), keep)
                 ok = with_grads(only_y(lambda *a: named(oracle)(*a)[0]), keep)
@@ -139,7 +142,7 @@ def test_extreme_decays(chunk):
     small = with_grads(lambda *a: ssd_chunked(*a, chunk=chunk), [v.float() for v in args])
     for name, got, ok in zip(("y", "S", *NAMES), small, want):
         assert got.isfinite().all(), name
-        assert rms(got, ok) <= 2e-4, name     # fp32 running sums reach -1e3 in a chunk of 128: their last bit is 6e-5 of a factor
+        assert rms(got, ok) <= 2e-4, name   # fp32 running sums reach -1e3 in 128 tokens: their last bit is 6e-5
 
 
 @pytest.mark.parametrize("log_a", [-50., -1e4, -1e-6, 0.])
@@ -149,7 +152,7 @@ def test_one_decay_everywhere(log_a):
         args[1], args[2] = torch.full_like(args[1], 2.), torch.full_like(args[2], log_a / 2)
         got = with_grads(lambda *a: ssd_chunked(*a, chunk=32), args)
         for name, u, v in zip(("y", "S", *NAMES), got, with_grads(oracle, [v.double() for v in args])):
-            assert u.isfinite().all(), name                                  # A's gradient is 1e-20 where a is: only noise is left
+            assert u.isfinite().all(), name                      # A's gradient is 1e-20 where a is: only noise is left
             assert rms(u, v) <= tolerance or (u.double() - v).norm() <= tolerance / 10, name
 
 
@@ -250,7 +253,7 @@ def mixer(d=7, heads=6, head_dim=4, groups=3, state=5, chunk=4, seed=0, dtype=to
     m = Mamba2(d, heads, head_dim, groups, state, chunk=chunk, **kw).to(dtype)
     for p in m.parameters():                                                 # nothing left at a neutral value
         p.data += .3 * torch.randn_like(p)
-    m.dt_bias.data += 4                                                      # or D x would drown the recurrence in 9 tokens
+    m.dt_bias.data += 4                                                  # or D x would drown the recurrence in 9 tokens
     return m
 
 
@@ -268,10 +271,12 @@ def mixer_oracle(m, u, heads=6, head_dim=4, groups=3, state=5, order="zxBCd", gr
         v = sum(raw[j:j + len(row)] * w["conv1d.weight"][:, 0, j] for j in range(k)) + w.get("conv1d.bias", 0)
         v = v * torch.sigmoid(v)
         e, gn = size["x"], size["B"]
-        x, B, C = v[:, :e].view(-1, heads, head_dim), v[:, e:e + gn].view(-1, groups, state), v[:, e + gn:].view(-1, groups, state)
+        x, B, C = v[:, :e], v[:, e:e + gn], v[:, e + gn:]
+        x, B, C = x.view(-1, heads, head_dim), B.view(-1, groups, state), C.view(-1, groups, state)
         dt = torch.log1p(torch.exp(part["d"] + w["dt_bias"]))
         y, _ = oracle(x[None], dt[None], -torch.exp(w["A_log"]), B[None], C[None], w["D"], group=group)
-        out.append(gated_norm(y.flatten(2), part["z"][None], w["norm.weight"], groups, 1e-5)[0] @ w["out_proj.weight"].T)
+        normed = gated_norm(y.flatten(2), part["z"][None], w["norm.weight"], groups, 1e-5)[0]
+        out.append(normed @ w["out_proj.weight"].T)
     return torch.stack(out)
 
 
@@ -341,7 +346,7 @@ def test_padded_rows_are_what_each_row_is_alone(rounds, seed):
             if n:
                 assert rms(y[row:row + 1, :n], m(u[row:row + 1, :n], alone[row])) <= 1e-10
     for row in range(3):
-        if alone[row].S is None:                                             # count 0 all along: as if nothing had been read
+        if alone[row].S is None:                                     # count 0 all along: as if nothing had been read
             assert not cache.S[row].any() and not cache.conv[row].any()
         else:
             assert rms(cache.S[row:row + 1], alone[row].S) <= 1e-10
@@ -409,7 +414,7 @@ def test_bf16(cast):
             for i, piece in enumerate(u.split([40, *[1] * 20], 1)):
                 y = m(piece, cache)
                 assert y.dtype == torch.bfloat16 and cache.S.dtype == torch.float32
-                assert rms(y, full[:, :40] if i == 0 else full[:, 39 + i:40 + i]) <= 4e-2        # several bf16 matmuls deep
+                assert rms(y, full[:, :40] if i == 0 else full[:, 39 + i:40 + i]) <= 4e-2    # several bf16 matmuls deep
     assert rms(cache.S, exact.S) <= 2e-2
 
 

@@ -1,7 +1,7 @@
 """
-mtp.py is mostly bookkeeping: which token the block is told at (t, k), which one it is asked for, and whether that counts.
+mtp.py is mostly bookkeeping: which token the block is told at (t, k), which it is asked for, whether that counts.
 
-The oracle is indexing: with the text w_0 w_1 ..., position t has read w_t; depth k is told w_{t+k}, asked for w_{t+k+1}.
+The oracle is indexing: of a text w_0 w_1 ..., position t has read w_t; depth k is told w_{t+k}, asked for w_{t+k+1}.
 """
 import pytest
 import torch
@@ -65,7 +65,8 @@ def probe(text, mask, depths, shift=0):
         blank.append(torch.zeros(*h.shape[:2], v, requires_grad=True))
         return blank[-1]
     b, T = mask.shape
-    sums = mtp.loss(Spy(), torch.zeros(b, T, 1), text[:, 1 + shift:1 + shift + T], mask, lambda ids: ids[..., None].float(), head)
+    sums = mtp.loss(Spy(), torch.zeros(b, T, 1), text[:, 1 + shift:1 + shift + T], mask,
+                    lambda ids: ids[..., None].float(), head)
     grads = torch.autograd.grad(sum(sums), blank)
     asked = [torch.where(g.abs().sum(-1) > 0, g.argmin(-1), -1) for g in grads]
     return told, asked, [float(s.detach()) for s in sums], seen
@@ -76,7 +77,7 @@ def probe(text, mask, depths, shift=0):
 def test_told_and_asked(b, T, depths, density, seed):
     r = torch.Generator().manual_seed(seed)
     text = torch.randint(1, 50, (b, T + 1), generator=r)
-    mask = torch.rand(b, T, generator=r) <= density                          # mask[t] belongs to the target w_{t+1}, anywhere
+    mask = torch.rand(b, T, generator=r) <= density                  # mask[t] belongs to the target w_{t+1}, anywhere
     told, asked, sums, seen = probe(text, mask, depths)
     assert len(told) == len(asked) == len(sums) == depths and [k for k, _ in seen] == list(range(1, depths + 1))
     left = [sum(bool(m) for row in mask for m in row)]
@@ -90,7 +91,8 @@ def test_told_and_asked(b, T, depths, density, seed):
                 assert asked[k - 1][row, t] == (text[row, t + k + 1] if there else -1), (k, t)
                 n += there
         left.append(n)
-        assert sums[k - 1] == pytest.approx(n * torch.tensor(float(text.max() + 2)).log().item(), rel=1e-5)       # log v each
+        each = torch.tensor(float(text.max() + 2)).log().item()              # log v
+        assert sums[k - 1] == pytest.approx(n * each, rel=1e-5)
         assert (seen[k - 1][1] == k - 1).all()                               # depth k starts from what depth k-1 made
     assert counts(mask, depths) == left
 
@@ -98,7 +100,8 @@ def test_told_and_asked(b, T, depths, density, seed):
 def test_roll():
     x = torch.tensor([[1, 2, 3], [4, 5, 6]])
     assert roll(x).tolist() == [[2, 3, 0], [5, 6, 0]] and x[0, 0] == 1
-    assert roll(torch.tensor([[True, True]])).tolist() == [[True, False]] and roll(torch.tensor([[True]])).dtype == torch.bool
+    assert roll(torch.tensor([[True, True]])).tolist() == [[True, False]]
+    assert roll(torch.tensor([[True]])).dtype == torch.bool
     assert roll(x[:, :1]).tolist() == [[0], [0]]
 
 
@@ -152,7 +155,8 @@ def test_names_are_the_released_ones():
         for j, n, s in ((0, "enorm", (4,)), (0, "hnorm", (4,)), (0, "eh_proj", (4, 8)), (1, "final_layernorm", (4,)))}
 
 
-@pytest.mark.parametrize("blocks,depths,expected", [(1, 3, [0, 0, 0]), (2, 2, [0, 1]), (2, 4, [0, 1, 1, 1]), (3, 2, [0, 1])])
+@pytest.mark.parametrize("blocks,depths,expected",
+                         [(1, 3, [0, 0, 0]), (2, 2, [0, 1]), (2, 4, [0, 1, 1, 1]), (3, 2, [0, 1])])
 def test_depth_k_uses_block_k_or_the_last(blocks, depths, expected):
     """Which stored block does depth k run through? Disturb them one by one and see which depths notice."""
     h, e = torch.randn(2, 1, 5, 6, dtype=torch.float64)
@@ -203,7 +207,8 @@ def test_loss_is_the_brute_force_and_teaches_embedding_head_and_backbone(blocks,
     assert all(rms(g, w) <= 1e-6 for g, w in zip(got, want))                 # nll is fp32
     used = list(m.layers[:2 * min(blocks, depths)].parameters())
     for to in ([embed.weight, head.weight, h], used):
-        for g, w in zip(torch.autograd.grad(sum(got), to, retain_graph=True), torch.autograd.grad(sum(want), to, retain_graph=True)):
+        for g, w in zip(torch.autograd.grad(sum(got), to, retain_graph=True),
+                        torch.autograd.grad(sum(want), to, retain_graph=True)):
             assert g.any() and rms(g, w) <= 1e-5
 
 
@@ -225,7 +230,8 @@ def test_a_perfect_predictor_is_perfect_at_its_own_offset_only(offset):
         depths = 3
 
         def __call__(self, h, e, k):
-            return torch.stack([nn.functional.one_hot(text[:, min(t + k + offset, 31)], 32) for t in range(20)], 1) * 100.
+            hot = [nn.functional.one_hot(text[:, min(t + k + offset, 31)], 32) for t in range(20)]
+            return torch.stack(hot, 1) * 100.
     mask = torch.ones(2, 20).bool()
     each = mtp.loss(Oracle(), torch.zeros(2, 20, 1), text[:, 1:21], mask, lambda ids: ids, lambda h: h)
     per_target = [float(s) / n for s, n in zip(each, counts(mask, 3)[1:])]

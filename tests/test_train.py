@@ -7,6 +7,7 @@ import re
 import struct
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -310,7 +311,7 @@ def test_micro_batches_train_the_same_model(tmp_path):
 
 # ---- evaluation
 
-@pytest.mark.parametrize("n,eval_tokens", [(100, 96), (100, 10_000), (97, 96), (1000, 40), (17, 16)])
+@pytest.mark.parametrize("n,eval_tokens", [(100, 96), (100, 10_000), (97, 96), (1000, 40), (1000, 8), (17, 16)])
 def test_evaluation_by_hand(tmp_path, n, eval_tokens):
     r = run(tmp_path, eval_tokens=eval_tokens)
     model = model_of(r, torch.float32)
@@ -326,14 +327,16 @@ def test_evaluation_by_hand(tmp_path, n, eval_tokens):
     assert all(p.grad is None for p in model.parameters())
     nats = count = length = 0
     model.double().eval()
-    for s in range(0, n, 16):                                                  # whole sequences with a target, in eval_tokens
-        if s + 16 < n and s + 16 <= eval_tokens:
-            window = torch.from_numpy(tokens[s:s + 17].astype(np.int64))
-            with torch.no_grad():
-                logp = model(window[None, :-1])[0].log_softmax(-1)
-            for t in range(16):
-                nats, count, length = nats - float(logp[t, window[t + 1]]), count + 1, length + int(size[window[t + 1]])
-    assert count == (min(n - 1, eval_tokens) // 16) * 16
+    windows, seen = max(1, min(n - 1, eval_tokens) // 16), []
+    for w in range(windows):                               # from the first token to the last, evenly
+        s = math.floor(Fraction(w * (n - 17), windows - 1)) if w else 0
+        window = torch.from_numpy(tokens[s:s + 17].astype(np.int64))
+        with torch.no_grad():
+            logp = model(window[None, :-1])[0].log_softmax(-1)
+        for t in range(16):
+            nats, count, length = nats - float(logp[t, window[t + 1]]), count + 1, length + int(size[window[t + 1]])
+            seen.append(s + t + 1)
+    assert len(set(seen)) == count == 16 * windows and min(seen) == 1 and (windows == 1 or max(seen) == n - 1)   # no target twice
     assert got[0] == pytest.approx((nats / count, nats / math.log(2) / length), rel=1e-5)
 
 
@@ -411,12 +414,25 @@ def test_a_run_that_goes_on_cannot_become_another_model(tmp_path):
             train.fit(replace(other, resume=True, stop=0), quiet)
 
 
-def test_a_kill_between_checkpoint_and_log_does_not_end_the_run(tmp_path):
-    a = run(tmp_path, "-", stop=2)
-    train.fit(a, quiet)
-    (a.folder() / "log.csv").unlink()
-    _, rows = train.fit(replace(a, resume=True, stop=0), quiet)
-    assert rows[-1]["step"] == 8 and checkpoint.read(a.folder())["step"] == 8
+def test_a_kill_between_any_two_files_loses_no_step_and_no_row(tmp_path, monkeypatch):
+    whole, real = run(tmp_path, "-", name="whole", steps=4), checkpoint.write
+    train.fit(whole, quiet)
+    for n in range(1, 7):
+        a, left = replace(whole, name=str(n)), [n]
+        def write(path, save):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            real(path, save)
+        monkeypatch.setattr(checkpoint, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(a, quiet)
+        monkeypatch.setattr(checkpoint, "write", real)
+        if checkpoint.steps(a.folder()):
+            train.fit(replace(a, resume=True), quiet)
+            assert_same_run(whole.folder(), a.folder())
+        else:
+            assert n < 4                                   # config.json, and what belongs to the first checkpoint
 
 
 # ---- what goes wrong
@@ -473,7 +489,7 @@ def refuses(argv, capsys, code=2):
     (["--device", "tpu"], "choose auto, cpu, cuda or mps"),
     (["--precision", "fp8"], "choose auto, fp32 or bf16"),
     (["--warmup", "2"], "shares between 0 and 1"),
-    (["--steps", "0"], "need steps >= 1"),
+    (["--steps", "0"], "steps 0"),
     (["--data", "nowhere"], "'nowhere' is no file"),
     (["--tokenizer", "words"], "tokenizer 'words' is not bytes, bpe:N, nemotron or a file"),
     (["--resume"], "holds no run"),
@@ -489,10 +505,10 @@ def test_a_device_that_is_not_there(tmp_path, capsys):
     assert re.search("--device cuda: this PyTorch .* finds (cpu|mps) only", refuses(["--out", tmp_path, "--device", "cuda"], capsys))
 
 
-@pytest.mark.parametrize("kw", [dict(eval_tokens=8), dict(eval_every=0), dict(log_every=0), dict(save_every=0), dict(batch=0),
+@pytest.mark.parametrize("kw", [dict(eval_every=0), dict(log_every=0), dict(save_every=0), dict(batch=0),
                                 dict(micro=-1), dict(length=2), dict(seed=-1), dict(threads=-1), dict(keep=-1)], ids=str)
 def test_numbers_that_make_no_sense_are_refused_by_name(tmp_path, kw):
-    """length 2 has no target at MTP depth 2; 8 tokens hold no sequence of 16."""
+    """A sequence of 2 tokens has no target at MTP depth 2."""
     with pytest.raises(ValueError, match="|".join(k.replace("_", ".") for k in kw)):
         train.fit(run(tmp_path, **kw), quiet)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,215 @@
+"""The house: who may import whom, how long a file may be, and that every file and every command of the README runs."""
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# file: (ours it may import, lines it may have)
+HOUSE = {
+    "config": ((), 200), "mamba": ((), 270), "latent_moe": ((), 240), "mtp": ((), 160), "tokenizer": ((), 240), "checkpoint": ((), 190),
+    "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 320), "hf": (("config", "model"), 210),
+    "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model"), 240),
+    "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "plot", "sample"), 420),
+}
+
+
+# What else may be imported at the top: the standard library, torch, and this. Inside a function: what requirements.txt names.
+BESIDES = {"data": {"numpy"}, "tokenizer": {"numpy", "tiktoken"}, "plot": {"matplotlib"}, "hf": {"safetensors"}}
+
+
+def imports(tree):
+    """(top name, whether it stands inside a function) of every import in a file."""
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Import, ast.ImportFrom)):
+            for name in [n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names]:
+                yield name.split(".")[0], id(n) in inside
+
+
+def wants_kernels(tree):
+    """Whether an import of kernels stands anywhere but under `if fast:` (or `if self.fast:`) in a function."""
+    asked = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for i in ast.walk(f) if isinstance(i, ast.If)
+             and getattr(i.test, "id", getattr(i.test, "attr", "")) == "fast" for body in i.body for n in ast.walk(body)}
+    return any(isinstance(n, (ast.Import, ast.ImportFrom)) and id(n) not in asked and
+               any(m.split(".")[0] == "kernels" for m in [getattr(n, "module", None) or "", *(a.name for a in n.names)])
+               for n in ast.walk(tree))
+
+
+def catches_everything(tree):
+    """except:, except Exception:, also in a tuple."""
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ExceptHandler):
+            if n.type is None or {"Exception", "BaseException"} & {getattr(x, "id", "") for x in ast.walk(n.type)}:
+                return True
+    return False
+
+
+def faults(name, text):
+    """What a file does that the house forbids."""
+    tree, (allowed, budget) = ast.parse(text), HOUSE[name]
+    doc = ast.get_docstring(tree) or ""
+    found = [f"imports {top}" for top, _ in imports(tree) if top in HOUSE and top not in allowed and top != name]
+    found += [f"imports {top} outside a function" for top, inside in imports(tree)
+              if top in ("kernels", "triton", "transformers", "rustbpe") and not inside]
+    found += [f"{len(text.splitlines())} lines, budget {budget}"] * (len(text.splitlines()) > budget)
+    found += [f"line {i} has {len(line)} columns" for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+    found += ["no legend in its docstring"] * ("Sources" not in doc and "Not here" not in doc)
+    found += [f"imports {top}, which is neither torch nor the standard library" for top, inside in imports(tree)
+              if not inside and top not in {*sys.stdlib_module_names, *HOUSE, "torch"} | BESIDES.get(name, set())]
+    found += [f"imports {top}, which requirements.txt does not name" for top, _ in imports(tree)
+              if top not in {*sys.stdlib_module_names, *HOUSE, *REQUIRED, "kernels"}]
+    found += ["imports kernels without `if fast:`"] * wants_kernels(tree) + ["catches everything"] * catches_everything(tree)
+    return found + elsewhere(text)
+
+
+REQUIRED = re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.M)
+
+
+def elsewhere(text):
+    """Paths of one machine."""
+    return [f"names {m[0]}" for m in re.finditer(r"/(tmp|work|root|home|Users)/\w?", text)]
+
+
+def test_every_file_is_in_the_house():
+    assert {p.stem for p in ROOT.glob("*.py")} == set(HOUSE)
+
+
+@pytest.mark.parametrize("name", HOUSE)
+def test_the_house_rules(name):
+    assert not faults(name, (ROOT / f"{name}.py").read_text())
+
+
+def test_every_test_file_shows_that_it_can_fail():
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)) and "\ndef test_this_file_can_fail(" in text, path.name
+        assert path == Path(__file__).resolve() or not elsewhere(text), path.name
+
+
+def run(*args, cwd):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+@pytest.mark.parametrize("name", ["config", "mamba", "latent_moe", "mtp", "tokenizer", "checkpoint", "data", "model", "hf"])
+def test_every_concept_file_runs_by_itself(name, tmp_path):
+    before = os.times()
+    done = run(ROOT / f"{name}.py", *["--preset", "toy"] * (name == "model"), cwd=tmp_path)
+    after = os.times()
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 5, done.stderr
+    assert not list(tmp_path.iterdir())
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 20, f"{seconds:.0f} seconds of CPU time"
+
+
+IMPORT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+how = lambda: (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+               dict(os.environ), os.getcwd(), sys.argv[:])
+before = how()
+for name in sys.argv[2:]:
+    __import__(name)
+assert how() == before
+assert not {"triton", "transformers", "kernels"} & set(sys.modules)
+"""
+
+
+def test_an_import_does_nothing_else(tmp_path):
+    before = sorted(ROOT.iterdir())
+    done = run("-c", IMPORT, ROOT, *HOUSE, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir()) and sorted(ROOT.iterdir()) == before
+
+
+def commands():
+    """The lines of the README's fenced blocks that call python on a file of ours."""
+    for block in re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        for line in block.splitlines():
+            for part in line.split("#")[0].split("&&"):
+                if part.strip().startswith("python ") and ".py" in part:
+                    yield part.strip()
+
+
+COMMANDS = list(commands())
+
+
+def test_the_commands_of_the_readme_exist(tmp_path):
+    found = COMMANDS
+    assert len(found) > 8
+    texts = {}
+    for line in found:
+        file = line.split()[1]
+        assert (ROOT / file).is_file(), line
+        if flags := re.findall(r"(--[a-z-]+)", line):
+            texts.setdefault(file, run(ROOT / file, "-h", cwd=tmp_path).stdout)
+            for flag in flags:
+                assert re.search(rf"{flag}(?![\w-])", texts[file]), f"{file} has no {flag}: {line}"
+
+
+def test_the_training_commands_of_the_readme_are_runs(monkeypatch):
+    """Every flag and value is taken; the run itself does not start."""
+    import train
+    runs, own = [], {f.name: getattr(train.Run, f.name) for f in train.fields(train.Run)}
+    for name in ("fit", "merge"):
+        monkeypatch.setattr(train, name, lambda run, say: runs.append(run))
+    monkeypatch.setattr(Path, "is_file", lambda path: True)                    # --resume and --merge find a run to go on with
+    monkeypatch.setattr(Path, "read_text", lambda path, **kw: json.dumps(dict(run=own)))
+    lines = [shlex.split(line)[2:] for line in COMMANDS if line.split()[1] == "train.py"]
+    for argv in lines:
+        train.cli(argv)
+    assert len(runs) == len(lines) > 3
+    for r in runs:
+        assert train.configure(r, 1).hybrid_override_pattern and r.batch % (r.micro or r.batch) == 0
+
+
+def test_the_python_of_the_readme_exists():
+    """Modules, functions, keywords and fields that its notebook example uses; what it does is tested elsewhere."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    calls = [n for block in blocks for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)]
+    assert len(calls) > 2
+    for n in calls:
+        function = getattr(importlib.import_module(n.func.value.id), n.func.attr)
+        inspect.signature(function).bind(*n.args, **{k.arg: k.value for k in n.keywords})
+
+
+def test_the_numbers_of_the_readme_are_the_code():
+    sys.path.insert(0, str(ROOT))
+    import hf
+    import model
+    text = (ROOT / "README.md").read_text()
+    for preset in ("super", "nano"):
+        rows, mtp, _ = model.costs(model.Config.preset(preset))
+        total, active = sum(r[2] for r in rows), sum(r[3] for r in rows)
+        for n in (total, active, active - model.Config.preset(preset).vocab_size * model.Config.preset(preset).hidden_size):
+            assert f"{n:,}" in text, (preset, n)
+    assert f"{model.costs(model.Config.preset('super'))[1][2]:,}" in text
+    assert f"{len(hf.census(model.Config.preset('super'))):,}" in text
+    routers = model.Config.preset("super").n_routed_experts * 4096 * 40        # the difference that the README explains
+    ours = {f"{n:,}" for preset in ("super", "nano") for rows, mtp, _ in [model.costs(model.Config.preset(preset))]
+            for c in [model.Config.preset(preset)] for total, active in [(sum(r[2] for r in rows), sum(r[3] for r in rows))]
+            for n in (total, active, active - c.vocab_size * c.hidden_size, mtp[2] if mtp else 0, routers)}
+    assert set(re.findall(r"\b\d{2,3}(?:,\d{3}){2,}\b|\b\d(?:,\d{3}){3,}\b", text)) <= ours       # and no other number this large
+    assert not re.findall(r"@[A-Z]+@", text), "a placeholder"
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_this_file_can_fail():
+    text = (ROOT / "mamba.py").read_text()
+    assert not faults("mamba", text)
+    for broken in ("import model\n" + text, "import triton\n" + text, text + "\n" * 300, text.replace("Sources", "From").replace("Not here", ""),
+                   "import numpy\n" + text, text + "\nimport surprise\n", text + "\ndef f():\n    from kernels.ssd import ssd\n",
+                   text + "\n# /" + "tmp/x\n", text + "\ntry:\n    pass\nexcept (OSError, Exception):\n    pass\n",
+                   text + "\ntry:\n    pass\nexcept Exception:\n    pass\n", text + "# " + "x" * 120):
+        assert faults("mamba", broken)
