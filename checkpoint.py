@@ -5,8 +5,8 @@ A run on disk, written so that a kill at any moment loses nothing that was alrea
     runs/<name>/log.csv, load.json   one row per logged step; where the experts' tokens went in the end
     runs/<name>/ckpt/step-*.pt       model, optimiser, step, random state, tokenizer: to go on bit for bit
 
-Every file is written under another name, forced to the disk, and renamed: the rename is when it exists. Every
-checkpoint is a zip archive with checksums: torch.save writes them, torch.load ignores them, `read` checks.
+Every file is written under another name, forced to the disk, and renamed: the rename is when it exists. A
+checkpoint ends with the sha256 of what torch.save wrote, which `read` checks: torch.load checks nothing.
 
 Merging: the average of the last checkpoints of a run at constant learning rate stands in for a run that
 decays it. An average of theta_j = theta_0 + (updates 1 ... j) gives update i the weight w_i = sum of the
@@ -22,18 +22,23 @@ import io
 import math
 import os
 import pickle
+import shutil
 import subprocess
-import zipfile
 from pathlib import Path
 
 import torch
+
+
+# What torch.load raises on bytes that are not what was written.
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+          pickle.UnpicklingError)
 
 
 def write(path, save):
     """Calls save(f) on a temporary file, then renames it to path: path is whole, or still what it was."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "w+b") as f:
             save(f)
             f.flush()
             os.fsync(f.fileno())                             # on the disk before the name is
@@ -52,13 +57,31 @@ def number(path):
     return int(path.stem.split("-")[1])
 
 
+def digest(f, size):
+    """sha256 of the first `size` bytes of an open file, which is then at their end."""
+    f.seek(0)
+    sha = hashlib.sha256()
+    while size and (block := f.read(min(size, 1 << 20))):
+        sha.update(block)
+        size -= len(block)
+    return sha.digest()
+
+
+def store(path, state):
+    """Writes one checkpoint and, behind it, its sha256 (readers of zip archives do not mind)."""
+    def whole(f):
+        torch.save(state, f)
+        f.write(digest(f, f.tell()))
+    write(path, whole)
+
+
 def save(folder, step, state, keep=0):
     """Writes ckpt/step-*.pt; then, and only then, removes all but the newest `keep` (0: removes none)."""
     (folder / "ckpt").mkdir(parents=True, exist_ok=True)
     for left in (folder / "ckpt").glob("*.tmp"):             # of a process that was killed
         left.unlink()
     path = folder / "ckpt" / f"step-{step:08d}.pt"
-    write(path, lambda f: torch.save(state, f))
+    store(path, state)
     for old in steps(folder)[:-keep] if keep else []:
         old.unlink()
     return path
@@ -76,11 +99,11 @@ def read(path, step=0):
         there = ", ".join(str(number(f)) for f in files) or "(none)"
         raise ValueError(f"there is no {path}; there are the steps {there}")
     try:
-        with zipfile.ZipFile(path) as z:
-            if bad := z.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+        with open(path, "rb") as f:
+            if digest(f, path.stat().st_size - 32) != f.read():
+                raise OSError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+    except DAMAGE as e:
         before = [f for f in files if f.name < path.name]
         offer = (f"; the one before it is {before[-1]}: train.py --resume --from-step {number(before[-1])} "
                  "goes on from it" if before else ", and there is none before it")
@@ -110,7 +133,7 @@ def sources():
     for f in sorted(here.glob("*.py")):
         digest.update(f.read_bytes())
     commit = None
-    if (here / ".git").exists():
+    if (here / ".git").exists() and shutil.which("git"):
         git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
         commit = git.stdout.strip() if git.returncode == 0 else None
     return dict(sources_sha256=digest.hexdigest(), git=commit)

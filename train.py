@@ -31,7 +31,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# Waiting threads spin for about 0.1 ms, then sleep. Spinning on next to a busy process costs ten times the step.
+# Waiting threads spin for about 0.1 ms, then sleep: spinning beside a busy process costs ten times the step.
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")
 import torch
 
@@ -120,7 +120,7 @@ def losses(model, ids, mask=None):
 
 @torch.no_grad()
 def evaluate(model, tokens, run, per_id, cast):
-    """Always the same windows, spread evenly over the split -> nats per token, bits per byte they stand for."""
+    """Always the same windows, spread evenly over the split -> nats per token, bits per byte of text."""
     device, size, t = model.lm_head.weight.device, run.micro or run.batch, run.length
     windows = max(1, min(run.eval_tokens, len(tokens) - 1) // t)
     starts = [i * (len(tokens) - 1 - t) // max(1, windows - 1) for i in range(windows)]
@@ -251,7 +251,7 @@ def merge(run, say=print):
     state = {k: v.to(saved["model"][k].dtype) for k, v in total.items()}
     report("merged", 1.0, state)
     out = folder / "ckpt" / f"merged-{first['step']:08d}-{saved['step']:08d}.pt"
-    checkpoint.write(out, lambda f: torch.save(dict(saved, model=state, optimizer=None), f))
+    checkpoint.store(out, dict(saved, model=state, optimizer=None))
     say(f"wrote {out}; sample.py --run takes it")
     return model, results
 

@@ -296,6 +296,18 @@ def test_the_bias_moves_once_a_step_by_the_load_of_the_whole_batch(tmp_path, mon
         assert row["idle"] == sum(int((load == 0).sum()) for load in loads)
 
 
+def test_the_first_row_of_the_log_by_hand(tmp_path):
+    r = run(tmp_path, steps=1, seed=4)
+    _, (row,) = train.fit(r, quiet)
+    tokens = data.encode(data.tokenizer("bytes"), data.corpus("copy").train)
+    ids, model = data.batch(tokens, 4, 1, 4, 17), train.Nemotron(train.configure(r, 257), 4)
+    with torch.no_grad():
+        evened, *_ = balance_by_hand(model, ids)
+        want = [float(s) / n for s, n in zip(brute(model, ids, torch.ones(4, 16)), targets(r))]
+    assert [row["train_nats"], row["mtp1_nats"], row["mtp2_nats"]] == pytest.approx(want, rel=1e-5)
+    assert row["balance"] == pytest.approx(float(evened), rel=1e-5)
+
+
 def test_the_seed_decides_the_weights_and_the_batches(tmp_path):
     r = run(tmp_path)
     a, b, c = (train.Nemotron(train.configure(r, 257), seed).state_dict() for seed in (0, 0, 1))
