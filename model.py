@@ -186,7 +186,7 @@ def init_weights(model, seed=0):
     """
     c = model.config
     for name, p in model.state_dict().items():
-        g = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if kind == "e_score_correction_bias":
             w = torch.zeros(p.shape)

@@ -85,6 +85,11 @@ def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
         raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_new_tokens >= 0, not "
                          f"{temperature}, {top_p}, {top_k} and {max_new_tokens}")
+    if prefill < 1:
+        raise ValueError(f"prefill={prefill}: at least one token at a time")
+    vocab = model.config.vocab_size
+    if wrong := [i for r in rows for i in r if not 0 <= i < vocab]:
+        raise ValueError(f"token {wrong[0]} is not in the model's vocabulary of {vocab}")
     device = model.lm_head.weight.device
     g = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.new_cache(len(rows))
@@ -140,8 +145,10 @@ class Printer:
     def __init__(self, enc):
         self.enc, self.utf8 = enc, codecs.getincrementaldecoder("utf-8")("replace")
 
-    def __call__(self, token):
-        print(self.utf8.decode(spell(self.enc, token)), end="", flush=True)
+    def __call__(self, token=None):
+        """The next token; without one, the end: what is still held back is shown as a replacement character."""
+        raw = b"" if token is None else spell(self.enc, token)
+        print(self.utf8.decode(raw, final=token is None), end="", flush=True)
 
 
 def main(argv=None):
@@ -166,6 +173,8 @@ def main(argv=None):
     a = p.parse_args(argv)
     quicken()
     try:
+        if a.device not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"--device {a.device!r}: choose cpu, cuda or mps")
         if a.hf:
             model, enc = hf.load(a.hf, dtype=getattr(torch, a.dtype), device=a.device), data.tokenizer(a.hf)
         else:
@@ -191,8 +200,9 @@ def main(argv=None):
             for row, t in zip(new, token.tolist()):
                 if not (row and row[-1] in end):
                     row.append(t)
-            if len(rows) == 1:
+            if len(rows) == 1 and int(token) not in end:
                 show(int(token))
+        show()
     except (ValueError, OSError) as e:
         p.error(str(e))
     print()

@@ -259,14 +259,19 @@ def merge(run, say=print):
 def fit(run, say=print):
     """Trains (or goes on) as `run` says. Returns the model and the log: log.csv's rows, a list of dicts."""
     folder, micro, began = run.folder(), run.micro or run.batch, time.perf_counter()
+    for name, least in dict(steps=1, batch=1, length=4, eval_every=1, eval_tokens=1, log_every=1, save_every=1, micro=0,
+                            seed=0, threads=0, keep=0, stop=0, warmup=0, decay=0).items():
+        if getattr(run, name) < least or name in ("warmup", "decay") and getattr(run, name) > 1:
+            raise ValueError(f"{name} {getattr(run, name)} makes no sense: " + ("shares between 0 and 1" if name in
+                             ("warmup", "decay") else f"at least {least}"))
     if run.batch % micro:
         raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}")
-    if run.steps < 1 or run.length < 1 or not 0 <= run.warmup <= 1 or not 0 <= run.decay <= 1:
-        raise ValueError(f"need steps >= 1, length >= 1 and shares between 0 and 1, not steps {run.steps}, "
-                         f"length {run.length}, warmup {run.warmup}, decay {run.decay}")
     if not run.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, --name starts another")
     saved = checkpoint.read(folder, run.from_step) if run.resume else None
+    for k in ("preset", "model", "tokenizer") if saved else ():
+        if getattr(run, k) != saved["run"][k]:
+            raise ValueError(f"--{k} {getattr(run, k)!r}: this run goes on with {saved['run'][k]!r}, --name starts another")
     device, cast = choose_device(run, say)
 
     # 1. Text to ids. The tokenizer learns from the training split, and travels in the checkpoint.
@@ -289,12 +294,16 @@ def fit(run, say=print):
     if saved:
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
+        opt.param_groups[0]["weight_decay"] = run.weight_decay
         torch.set_rng_state(saved["rng"])
         rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["step"] <= start]
     describe(model, run, device, cast, say)
     (folder / "ckpt").mkdir(parents=True, exist_ok=True)
     facts = json.dumps(about(run, config, corpus, device), indent=1).encode()
     checkpoint.write(folder / "config.json", lambda f: f.write(facts))
+    for later in checkpoint.steps(folder) if saved else ():                  # another future: kept, but set aside
+        if checkpoint.number(later) > start:
+            later.replace(later.with_name("left-" + later.name))
     say(f"run        {folder}: {run.steps} steps of {run.batch} x {run.length} tokens"
         + (f", from step {start}" if start else ""))
 
@@ -344,12 +353,12 @@ def fit(run, say=print):
             row["val_nats"], row["val_bpb"] = evaluate(model, val, run, per_id, cast)
             say(f"           validation {row['val_nats']:.4f} nats/token, {row['val_bpb']:.4f} bits/byte")
         if save:
+            load = json.dumps(dict(layers=names, tokens=shares)).encode()
+            checkpoint.write(folder / "load.json", lambda f: f.write(load))
+            checkpoint.write_log(folder / "log.csv", rows)                   # before the checkpoint: it may run ahead
             checkpoint.save(folder, step, keep=run.keep, state=dict(
                 optimizer=opt.state_dict(), rng=torch.get_rng_state(), config=asdict(config), run=asdict(run),
                 step=step, model=model.state_dict(), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256))
-            checkpoint.write_log(folder / "log.csv", rows)
-            load = json.dumps(dict(layers=names, tokens=shares)).encode()
-            checkpoint.write(folder / "load.json", lambda f: f.write(load))
         clock = time.perf_counter() if look or save else clock
 
     # 5. The picture and the sample.

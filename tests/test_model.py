@@ -695,6 +695,16 @@ def test_the_mtp_block_reads_the_normalised_state_and_shares_embedding_and_head(
     assert isinstance(model.mtp.layers[1].mixer, LatentMoE) and isinstance(model.mtp.layers[0].mixer, Attention)
 
 
+@pytest.mark.parametrize("kw", [dict(layer_norm_epsilon=.5), dict(routed_scaling_factor=7.), dict(norm_topk_prob=False),
+                                dict(num_experts_per_tok=2), dict(use_conv_bias=False), dict(conv_kernel=3)])
+def test_every_knob_is_connected(kw):
+    ids, at = text(2, 9), Config(**TINY)
+    assert rms(tiny(**kw)(ids), tiny(**{k: getattr(at, k) for k in kw})(ids)) > 1e-3
+    model = built(layer_norm_epsilon=.25, mtp_num_layers=3, chunk_size=6)
+    assert {m.eps for m in model.modules() if hasattr(m, "eps")} == {.25}
+    assert model.mtp.depths == 3 and model.backbone.layers[0].mixer.chunk == 6
+
+
 def test_two_stored_mtp_blocks():
     model, ids = built(num_nextn_predict_layers=2), text(1, 9)
     assert len(model.mtp.layers) == 4
