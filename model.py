@@ -36,11 +36,19 @@ class KV:
     """What an attention layer remembers: keys and values (b, kv heads, L, e), and how much each row has read.
 
     Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a row's own
-    length is never looked at, so dropping tokens from the end is a change of `length` alone.
+    length is never looked at, so `drop`ping tokens from the end moves no data.
     """
     def __init__(self):
         self.k = self.v = self.length = None
         self.used, self.even = 0, True                   # the longest row; whether all rows are as long
+
+    def drop(self, n):
+        """Forgets the last n tokens of every row; n is a number, or (b,) when rows differ."""
+        self.length = self.length - n
+        if isinstance(n, int):
+            self.used -= n
+        else:
+            self.even = False
 
     def append(self, k, v, count=None):
         """Adds t tokens a row, count (b,) of them real -> all keys, all values, where the t tokens begin."""

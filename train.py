@@ -271,7 +271,8 @@ def fit(run, say=print):
     saved = checkpoint.read(folder, run.from_step) if run.resume else None
     for k in ("preset", "model", "tokenizer") if saved else ():
         if getattr(run, k) != saved["run"][k]:
-            raise ValueError(f"--{k} {getattr(run, k)!r}: this run goes on with {saved['run'][k]!r}, --name starts another")
+            raise ValueError(f"--{k} {getattr(run, k)!r}: this run goes on with {saved['run'][k]!r}, "
+                             "--name starts another")
     device, cast = choose_device(run, say)
 
     # 1. Text to ids. The tokenizer learns from the training split, and travels in the checkpoint.

@@ -431,12 +431,12 @@ def test_fp32_unequal_prompts_then_decoding():
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_keys_and_values_are_dropped_by_length_alone(even):
-    """KV's own words: what lies beyond a row's length is never looked at; dropping tokens is a change of `length`."""
+def test_dropping_keys_and_values_moves_no_data(even):
+    """What lies beyond a row's length is never looked at, so dropped tokens may stay where they are."""
     model, ids = tiny("*"), text(2, 9)
     cache = model.new_cache(2)
     model(ids[:, :6], cache, None if even else torch.tensor([6, 6]))
-    cache.layers[0].length -= 2
+    cache.layers[0].drop(2 if even else torch.tensor([2, 2]))
     assert rms(model(ids[:, 4:], cache), model(ids)[:, 4:]) <= 1e-10
 
 
