@@ -440,6 +440,25 @@ def test_dropping_keys_and_values_moves_no_data(even):
     assert rms(model(ids[:, 4:], cache), model(ids)[:, 4:]) <= 1e-10
 
 
+@pytest.mark.parametrize("count", [None, [6, 4]])
+@pytest.mark.parametrize("drop", [0, 2, [2, 0], [1, 3]])
+def test_after_dropping_each_row_is_its_own_prefix(count, drop):
+    """Even rows or not, equal drops or not: then read on, in step and padded, past the buffer's end."""
+    model, ids, rows = tiny("**"), text(2, 6), None
+    cache = model.new_cache(2)
+    model(ids, cache, count and torch.tensor(count))
+    for layer in cache.layers:
+        layer.drop(torch.tensor(drop) if isinstance(drop, list) else drop)
+    kept = [(count or [6, 6])[row] - (drop[row] if isinstance(drop, list) else drop) for row in range(2)]
+    for seed, real in ((1, [2, 2]), (2, [3, 1]), (3, [70, 70])):
+        new = text(2, max(real), seed=seed)
+        y = model(new, cache, torch.tensor(real) if real[0] != real[1] else None)
+        rows = [torch.cat([ids[row, :kept[row]], new[row, :real[row]]]) if seed == 1 else
+                torch.cat([rows[row], new[row, :real[row]]]) for row in range(2)]
+        for row in range(2):
+            assert rms(y[row, :real[row]], model(rows[row][None])[0, -real[row]:]) <= 1e-10, (seed, row)
+
+
 def test_a_finished_row_may_rest_while_others_go_on():
     model, ids = tiny(), text(2, 20)
     cache = model.new_cache(2)
