@@ -28,6 +28,12 @@ def on_gpu(what, *tensors):
             raise ValueError(f"{what} with fast=True needs its tensors on {here}, the current GPU, not on {v.device}")
 
 
+def rows(v):
+    """(b, t, ...) whose b*t rows are contiguous and lie at one stride, as slices of (b, t, wide) do; else a copy."""
+    b, t = v.shape[:2]
+    return v if v[:1, :1].is_contiguous() and (b == 1 or v.stride(0) == t * v.stride(1)) else v.contiguous()
+
+
 def _announce(*, src, metadata, metadata_group, times, cache_hit):
     """A kernel's first call compiles it: say so, once, with the time it took."""
     if not cache_hit:

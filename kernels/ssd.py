@@ -26,16 +26,17 @@ traffic  forward, Super, 8192 tokens, bf16: x and y 134 MB each, B and C 17 each
 numbers  S, G, decays and sums fp32; operands of tensor cores in x's type. Decays are powers of differences, never
          quotients. dc takes rows and columns of ONE fp32 W: their rounding must cancel in the sum over time, and
          with dt e . x from bf16 operands dA is 10 to 50 times worse. Padding has dt = 0: no fade, no write.
-sizes    p and n powers of two from 16 to 128; Q = 64 with 8 warps in 16 bits: a (128, 64) state in fp32, its operands
-         and two chunks in flight fill the registers without a spill; with 4 warps 128 bytes spill. fp32: Q = 32, as
-         tiles are twice as large. Bases are 64-bit scalars, offsets inside a tile 32-bit ones. No atomics anywhere.
+sizes    p and n from 16, 32, 64, 128. 16 bits: Q = 64, 8 warps: a (64, 128) state in fp32, the scores and two chunks
+         in flight fill the registers of Hopper and Blackwell without a spill (4 warps: 128 bytes). Q = 32 before
+         Hopper, whose tensor cores want their operands in registers too. fp32 has no exact tensor core: Q = 16,
+         fit for checks. Bases are 64-bit scalars, offsets inside a tile 32-bit ones. No atomics anywhere.
 """
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels import on_gpu
+from kernels import INTERPRETED, on_gpu, rows
 
 LOG2E = tl.constexpr(1.4426950408889634)                     # exp(x) = 2^(x LOG2E)
 
@@ -85,7 +86,7 @@ def _states(X, DT, A, B, START, KEPT, LAST, FADE, T, H, R, SX, SB, SEG,
 
 
 @triton.jit
-def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SC, SEG,
+def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SEG,
           P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     h, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segments = tl.num_programs(1)
@@ -98,7 +99,7 @@ def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SC, SEG,
         dt, cs, last = _fade(DT, row * H + h, a, T, t0, H, q)
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         Bq = tl.load(B + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
-        Cq = tl.load(C + row * SC + h // R * N + q[:, None] * SC + n[None, :], mask=ok, other=0.0)
+        Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
         y = tl.dot(Cq, S.to(x.dtype), input_precision="ieee") * tl.exp2(cs)[:, None]         # 2^(c_q) S C_q
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
         W = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]           # (C_q . B_r) 2^(c_q - c_r) dt_r
@@ -111,7 +112,7 @@ def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SC, SEG,
 
 
 @triton.jit
-def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB, SC,
+def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB,
         P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
     k, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
@@ -123,7 +124,7 @@ def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB, SC
     dt, cs, last = _fade(DT, row * H + h, a * LOG2E, T, t0, H, q)
     S, G = tl.load(S_IN + state), tl.load(G_OUT + state)
     SG = tl.sum(tl.sum(S.to(tl.float32) * G.to(tl.float32), 1), 0)
-    Cq = tl.load(C + row * SC + h // R * N + q[:, None] * SC + n[None, :], mask=ok, other=0.0)
+    Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     y = tl.load(DY + own, mask=ok, other=0.0)
     dc = tl.sum(tl.dot(Cq, S, input_precision="ieee") * y, 1) * tl.exp2(cs)                  # what q reads: history ...
     x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
@@ -144,7 +145,7 @@ def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB, SC
 
 
 @triton.jit
-def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB, SC,
+def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB,
          P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
     k, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
@@ -154,18 +155,18 @@ def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB, SC,
     for r in range(R):                                       # the heads that share this B and C
         h = g * R + r
         state = ((b * tl.num_programs(0) + k) * H + h) * P * N
-        tile = p[None, :] * N + n[:, None]
+        tile = p[:, None] * N + n[None, :]                   # S and G as (p, n)
         dt, cs, last = _fade(DT, row * H + h, tl.load(A + h) * LOG2E, T, t0, H, q)
-        x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         y = tl.load(DY + (row * H + h) * P + q[:, None] * (H * P) + p[None, :], mask=ok, other=0.0)
+        late = (y * tl.exp2(cs)[:, None]).to(y.dtype)
+        dC = tl.dot(late, tl.load(S_IN + state + tile), dC, input_precision="ieee")          # 2^(c_q) S^T y_q
+        x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
         Z += tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]            # (y_q . x_r) 2^(c_q - c_r) dt_r
-        late = (y * tl.exp2(cs)[:, None]).to(x.dtype)
-        dC = tl.dot(late, tl.load(S_IN + state + tile).T, dC, input_precision="ieee")        # 2^(c_q) S^T y_q
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
-        dB = tl.dot(u, tl.load(G_OUT + state + tile).T, dB, input_precision="ieee")          # 2^(c_Q - c_r) dt_r G^T x_r
+        dB = tl.dot(u, tl.load(G_OUT + state + tile), dB, input_precision="ieee")            # 2^(c_Q - c_r) dt_r G^T x_r
     Bq = tl.load(B + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
-    Cq = tl.load(C + row * SC + g * N + q[:, None] * SC + n[None, :], mask=ok, other=0.0)
+    Cq = tl.load(C + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     own = (row * G + g) * N + q[:, None] * (G * N) + n[None, :]
     dC = tl.dot(Z.to(Bq.dtype), Bq, dC, input_precision="ieee")                              # + sum_r Z_qr B_r
     tl.store(DC + own, dC.to(DC.dtype.element_ty), mask=ok)
@@ -174,7 +175,7 @@ def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB, SC,
 
 
 @triton.jit
-def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SC,
+def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB,
           P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, EVERY: tl.constexpr):
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, p = tl.arange(0, N), tl.program_id(0) * BP + tl.arange(0, BP)
@@ -186,7 +187,7 @@ def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SC,
         dt = tl.load(DT + row * H + h)
         x = tl.load(X + row * SX + h * P + p).to(tl.float32)
         Bt = tl.load(B + row * SB + h // R * N + n).to(tl.float32)
-        Ct = tl.load(C + row * SC + h // R * N + n).to(tl.float32)
+        Ct = tl.load(C + row * SB + h // R * N + n).to(tl.float32)
         S = tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]                            # S_t = a_t S_{t-1} + dt_t x_t B_t^T
         y = tl.sum(S * Ct[None, :], 1) + skip * x                                            # y_t = S_t C_t + D x_t
         tl.store(Y + (row * H + h) * P + p, y.to(Y.dtype.element_ty))
@@ -194,12 +195,6 @@ def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SC,
             tl.store(LAST + (row * H + h) * P * N + tile, S)
     if not EVERY:
         tl.store(LAST + (b * H + h) * P * N + tile, S)
-
-
-def rows(v):
-    """(b, t, i, j) with rows of i*j numbers at one stride, such as a slice of (b, t, w); a copy if they are not."""
-    b, t, i, j = v.shape
-    return v if v.stride()[2:] == (j, 1) and v.stride(0) == t * v.stride(1) else v.contiguous()
 
 
 def prepare(x, dt, A, B, C, D, state):
@@ -214,12 +209,18 @@ def prepare(x, dt, A, B, C, D, state):
         raise ValueError(f"ssd: x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)} do not fit")
     D = x.new_zeros(h, dtype=torch.float32) if D is None else D.float().contiguous()
     state = x.new_zeros(b, h, p, n, dtype=torch.float32) if state is None else state.float().contiguous()
-    return rows(x), dt.float().contiguous(), A.float().contiguous(), rows(B), rows(C), D, state
+    B, C = rows(B), rows(C)
+    if B.stride() != C.stride():                             # one stride serves both
+        B, C = B.contiguous(), C.contiguous()
+    return rows(x), dt.float().contiguous(), A.float().contiguous(), B, C, D, state
 
 
 def tiles(x):
-    """Q and the launch of the kernels with matmuls: see sizes above."""
-    return (64, dict(num_warps=8, num_stages=2)) if x.element_size() == 2 else (32, dict(num_warps=8, num_stages=1))
+    """Q, and the launches of _states and of the others: see sizes above."""
+    if x.element_size() == 4:
+        return 16, dict(num_warps=8, num_stages=1), dict(num_warps=8, num_stages=1)
+    Q = 64 if INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0) else 32
+    return Q, dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=2)
 
 
 def segment(b, t, h, at_least=1024, programs=128):
@@ -231,7 +232,7 @@ class SSD(torch.autograd.Function):
     """What the backward needs of S it walks again: storing it in forward would cost more than all of forward reads."""
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, cut):
-        (b, t, h, p), (g, n), (Q, how) = x.shape, B.shape[2:], tiles(x)
+        (b, t, h, p), (g, n), (Q, walk, how) = x.shape, B.shape[2:], tiles(x)
         ctx.save_for_backward(x, dt, A, B, C, D, state)
         ctx.set_materialize_grads(False)
         strides, BP, s = (x.stride(1), B.stride(1)), min(p, 32), triton.cdiv(t, cut)
@@ -240,29 +241,30 @@ class SSD(torch.autograd.Function):
             start, fade = x.new_empty(b, s, h, p, n, dtype=torch.float32), x.new_empty(b, s - 1, h, 1, 1, dtype=torch.float32)
             start[:, 0] = state
             _states[p // BP, h * (s - 1), b](x, dt, A, B, state, state, start, fade, t, h, h // g, *strides, cut,
-                                             p, n, Q, BP, False, False, num_warps=4, num_stages=how["num_stages"])
+                                             p, n, Q, BP, False, False, **walk)
             for i in range(s - 1):
                 start[:, i + 1].addcmul_(fade[:, i], start[:, i])
-        _scan[h, s, b](x, dt, A, B, C, D, start, y, last, t, h, h // g, *strides, C.stride(1), cut, p, n, Q, **how)
+        _scan[h, s, b](x, dt, A, B, C, D, start, y, last, t, h, h // g, *strides, cut, p, n, Q, **how)
         return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, state = ctx.saved_tensors
-        (b, t, h, p), (g, n), (Q, how) = x.shape, B.shape[2:], tiles(x)
+        (b, t, h, p), (g, n), (Q, walk, how) = x.shape, B.shape[2:], tiles(x)
         dy = x.new_zeros(b, t, h, p) if dy is None else dy.contiguous()
         dlast = torch.zeros_like(state) if dlast is None else dlast.float().contiguous()
-        c, BP, strides = triton.cdiv(t, Q), min(p, 32), (x.stride(1), B.stride(1), C.stride(1))
+        c, BP, strides = triton.cdiv(t, Q), min(p, 32), (x.stride(1), B.stride(1))
         S_in, G_out = (x.new_empty(b, c, h, p, n) for _ in range(2))
         scrap, dstate = torch.empty_like(state), torch.empty_like(state)
         for X, rhs, start, kept, end, rev in ((x, B, state, S_in, scrap, False), (dy, C, dlast, G_out, dstate, True)):
             _states[p // BP, h, b](X, dt, A, rhs, start, kept, end, dt, t, h, h // g, X.stride(1), rhs.stride(1), t,
-                                   p, n, Q, BP, rev, True, num_warps=4, num_stages=how["num_stages"])
+                                   p, n, Q, BP, rev, True, **walk)
         dx, dB, dC = torch.empty_like(dy), B.new_empty(B.shape), C.new_empty(C.shape)
         ddt, (dA, dD) = torch.empty_like(dt), dt.new_empty(2, b, c, h)
         _dx[c, h, b](x, dt, A, B, C, D, dy, S_in, G_out, dx, ddt, dA, dD, t, h, h // g, *strides, p, n, Q, **how)
-        _dbc[c, g, b](x, dt, A, B, C, dy, S_in, G_out, dB, dC, t, h, *strides, p, n, Q, h // g, **how)
+        _dbc[c, g, b](x, dt, A, B, C, dy, S_in, G_out, dB, dC, t, h, *strides, p, n, Q, h // g,
+                      num_warps=8, num_stages=3 if Q == 64 else 2)
         return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dstate, None
 
 
@@ -271,7 +273,8 @@ def ssd(x, dt, A, B, C, D=None, state=None, chunk=128):
 
     Up to 16 tokens without a gradient take ssd_steps, so a draft is verified by the arithmetic that would sample it.
     """
-    if x.shape[1] <= 16 and not (torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, dt, A, B, C, D, state))):
+    grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, dt, A, B, C, D, state))
+    if x.shape[1] <= 16 and not grad:
         return ssd_steps(x, dt, A, B, C, D, state)
     args = prepare(x, dt, A, B, C, D, state)
     return SSD.apply(*args, segment(x.shape[0], x.shape[1], x.shape[2]))
@@ -284,6 +287,6 @@ def ssd_steps(x, dt, A, B, C, D=None, state=None, every=False):
         (b, t, h, p), (g, n) = x.shape, B.shape[2:]
         y, last = x.new_empty(b, t, h, p), state.new_empty(b, t, h, p, n) if every else torch.empty_like(state)
         BP = min(p, 16)                                      # 8 KiB of state a program of one warp: 64 numbers a thread
-        _step[p // BP, h, b](x, dt, A, B, C, D, state, y, last, t, h, h // g, x.stride(1), B.stride(1), C.stride(1),
+        _step[p // BP, h, b](x, dt, A, B, C, D, state, y, last, t, h, h // g, x.stride(1), B.stride(1),
                              p, n, BP, every, num_warps=1)
     return y, last
