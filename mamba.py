@@ -16,7 +16,7 @@ The same numbers three ways; read them in this order, tests/test_mamba.py holds 
 Letters   b batch  t time  d model width  h heads  p head dim  g groups (heads sharing B and C)  n state
           c chunks  q, r positions in a chunk  e = h*p inner width  w = e + 2*g*n convolved channels  k taps
 Super     h=128 p=64 g=8 n=128, chunks of 128: S is 4 MiB in fp32 per layer and sequence, of whatever length
-Not here  speed on a GPU: ssd_chunked(fast=True) has the same signature and meaning
+Not here  speed on a GPU: kernels/ssd.py, conv.py, norm.py, same signatures, taken where fast=True
 Sources   arXiv:2405.21060 sections 5-7 (the two forms, block decomposition); sizes: the released config.json
 Departs   1. from Mamba-2's defaults, as the release does: the norm comes after the gate, in g groups, not one
           2. from transformers: dt is never clamped (neither was it in training)
@@ -133,12 +133,15 @@ class DepthwiseConv(torch.autograd.Function):
         return dx, dw[:, None], dy.sum((0, 1)) if ctx.needs_input_grad[2] else None
 
 
-def causal_conv(x, weight, bias, window=None):
+def causal_conv(x, weight, bias, window=None, fast=False):
     """Every channel filters its own last k numbers, then SiLU. So x, B and C get a look at k-1 tokens before.
 
     x (b, t, w)   weight (w, 1, k)   bias (w,) or None   window (b, k-1, w): the inputs just before x, or None
     Returns y (b, t, w) and the padded input (b, k-1+t, w), from which the next window is cut.
     """
+    if fast:
+        from kernels.conv import conv
+        return conv(x, weight, bias, window)
     if window is None:
         window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2])   # zeros at the start
     x = torch.cat([window.to(x.dtype), x], 1)
@@ -158,9 +161,12 @@ class GatedNorm(nn.Module):
     """
     def __init__(self, width, groups, eps=1e-5):
         super().__init__()
-        self.weight, self.groups, self.eps = nn.Parameter(torch.ones(width)), groups, eps
+        self.weight, self.groups, self.eps, self.fast = nn.Parameter(torch.ones(width)), groups, eps, False
 
     def forward(self, y, z):                                                 # (b, t, e) twice
+        if self.fast:
+            from kernels.norm import gated_norm
+            return gated_norm(y, z, self.weight, self.groups, self.eps)
         wide = torch.promote_types(y.dtype, torch.float32)
         v = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))   # (b, t, g, e/g)
         v = F.rms_norm(v, v.shape[-1:], eps=self.eps).flatten(2)
@@ -196,9 +202,11 @@ class Mamba2(nn.Module):
     def forward(self, u, cache=None, count=None):
         """u (b, t, d) -> (b, t, d). count (b,): of rows padded on the right, how many tokens are real."""
         t = u.shape[1]
+        if self.fast and cache is not None and torch.is_grad_enabled():
+            raise ValueError("a cached call with fast=True has no gradient: put it under torch.no_grad()")
         e, w, h = self.split
         z, xBC, dt = self.in_proj(u).split(self.split, -1)
-        xBC, seen = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, cache and cache.conv)
+        xBC, seen = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, cache and cache.conv, self.fast)
         x, B, C = xBC.split([e, (w - e) // 2, (w - e) // 2], -1)
         x = x.unflatten(-1, (h, -1))                                         # (b, t, h, p)
         B, C = (v.unflatten(-1, (self.groups, -1)) for v in (B, C))          # (b, t, g, n)
@@ -207,7 +215,8 @@ class Mamba2(nn.Module):
         if count is not None:                                                # padding: no fading, no writing
             dt = dt * (torch.arange(t, device=u.device) < count[:, None])[..., None]
         args = x, dt, -self.A_log.to(wide).exp(), B, C, self.D, cache and cache.S
-        y, S = ssd_recurrent(*args) if t == 1 else ssd_chunked(*args, chunk=self.chunk, fast=self.fast)
+        one = t == 1 and not self.fast                                       # kernels/ssd.py knows one token itself
+        y, S = ssd_recurrent(*args) if one else ssd_chunked(*args, chunk=self.chunk, fast=self.fast)
         if cache is not None:
             cache.S, k = S, self.conv1d.weight.shape[-1]
             if count is None:

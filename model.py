@@ -183,6 +183,30 @@ class Nemotron(nn.Module):
         return Cache(self.config.hybrid_override_pattern, batch)
 
 
+def paths(model, fast=False, experts="latent_moe.grouped_mm"):
+    """Sends every op that has a kernel through it, or none; returns the table that says so: op, path, reason."""
+    if fast:
+        from kernels import on_gpu
+        on_gpu("the model", model.lm_head.weight)
+    switched = [m for m in model.modules() if hasattr(m, "fast")]
+    for m in switched:
+        m.fast = fast
+    there = {type(m).__name__ for m in model.modules()}
+    rows = [("op", "path", "reason")]
+    for owner, op, kernel, readable in (
+            ("Mamba2", "recurrence", "ssd", "mamba.ssd_chunked"),
+            ("Mamba2", "convolution", "conv", "mamba.causal_conv"),
+            ("GatedNorm", "gated norm", "norm", "mamba.GatedNorm"), ("Experts", "experts", "experts", experts),
+            ("Nemotron", "losses", "loss", "mtp.nll"),
+            ("Attention", "attention", "", "F.scaled_dot_product_attention")):
+        if owner in there:
+            can = any(type(m).__name__ == owner for m in switched)
+            why = "torch's own kernel" if not kernel else "as asked: --fast" if fast and can else "no kernel" if fast \
+                else "readable; --fast takes the kernel" if can else "readable"
+            rows.append((op, f"kernels/{kernel}.py" if fast and can else readable, why))
+    return [f"{'' if i else 'paths':10} {op:12} {path:32} {why}" for i, (op, path, why) in enumerate(rows)]
+
+
 @torch.no_grad()
 def init_weights(model, seed=0):
     """Writes every parameter as pre-training did (section 1.6 of the report's code), zeroes router biases.

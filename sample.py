@@ -26,7 +26,7 @@ import torch
 import checkpoint
 import data
 import hf
-from model import Config, Nemotron
+from model import Config, Nemotron, paths
 
 
 def quicken():
@@ -170,6 +170,7 @@ def main(argv=None):
     add("--prompt-tokens", type=int, default=0, help="repeat the prompt up to this many tokens")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
+    add("--fast", action="store_true", help="Triton kernels (kernels/); needs a CUDA GPU")
     a = p.parse_args(argv)
     quicken()
     try:
@@ -179,6 +180,9 @@ def main(argv=None):
             model, enc = hf.load(a.hf, dtype=getattr(torch, a.dtype), device=a.device), data.tokenizer(a.hf)
         else:
             model, enc, _ = load_run(a.run, a.device)
+        lines = paths(model, a.fast)
+        if a.fast:
+            print(*lines, sep="\n")
         prompts = [Path(a.prompt_file).read_text(encoding="utf-8")] if a.prompt_file else a.prompt or ["def "]
         ends = enc.special_tokens_set & {"<|endoftext|>", "</s>", "<|im_end|>"}
         end = [enc.encode_single_token(s) for s in ends]
@@ -203,7 +207,7 @@ def main(argv=None):
             if len(rows) == 1 and int(token) not in end:
                 show(int(token))
         show()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         p.error(str(e))
     print()
     if len(rows) > 1:

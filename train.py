@@ -41,7 +41,7 @@ import latent_moe
 import mtp
 import plot
 import sample
-from model import Config, Nemotron
+from model import Config, Nemotron, paths
 
 
 def knob(default, help):
@@ -83,6 +83,7 @@ class Run:
     merge: int = knob(0, "no training: merge the last N checkpoints of the run, evaluate each and the merge")
     device: str = knob("auto", "auto | cpu | cuda | mps")
     precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32)")
+    fast: bool = knob(False, "Triton kernels (kernels/); needs a CUDA GPU")
     threads: int = knob(0, "CPU threads; 0: torch's choice")
     prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
 
@@ -212,8 +213,7 @@ def describe(model, run, device, cast, say):
         w = [x.detach().to(kind) for x in (moe.experts.up_proj[:1], moe.experts.down_proj[:1])]
         experts = ("F.grouped_mm" if all(latent_moe.torch_can(x, x) for x in w) else
                    f"a loop (F.grouped_mm does not take {kind} of {tuple(w[0].shape[1:])} on {device.type})")
-    say("paths      scan, convolution, norms, losses: PyTorch; attention: F.scaled_dot_product_attention; "
-        f"experts: {experts}")
+    say("\n".join(paths(model, run.fast, experts)))
 
 
 def about(run, config, corpus, device):
@@ -399,7 +399,7 @@ def cli(argv=None):
         (merge if run.merge else fit)(run, say=lambda line: print(line, flush=True))
     except FloatingPointError as e:
         p.exit(1, f"{p.prog}: stopped: {e}\n")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         p.error(str(e))
     except KeyboardInterrupt:
         p.exit(130, f"\n{p.prog}: interrupted; what was saved is whole: "

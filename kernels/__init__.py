@@ -7,7 +7,7 @@ in one sentence: nothing falls back. Every file reads equation, grid, traffic, n
 import importlib.util
 
 if importlib.util.find_spec("triton") is None:
-    raise ModuleNotFoundError("fast=True needs the package triton, which is not installed; fast=False needs nothing but torch")
+    raise ModuleNotFoundError("fast=True needs the package triton, which is not installed; fast=False does not")
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def on_gpu(what, *tensors):
     if INTERPRETED:
         return
     if not torch.cuda.is_available():
-        raise RuntimeError(f"{what} with fast=True needs a CUDA GPU, and torch sees none here; use fast=False")
+        raise ValueError(f"{what} with fast=True needs a CUDA GPU, and torch sees none here; use fast=False")
     here = torch.device("cuda", torch.cuda.current_device())
     for v in tensors:
         if v.device != here:

@@ -40,7 +40,7 @@ def _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WIND
     c = tl.load(BIAS + ch, mask=ch < W, other=0.0) + tl.zeros_like(t).to(tl.float32)
     for i in tl.static_range(K):
         w = tl.load(WEIGHT + ch * K + i, mask=ch < W, other=0.0)
-        c += w * _input(X, WINDOW, b, t - K + 1 + i, T, W, SX, ch, K, HAS_WINDOW)            # c_t = bias + sum w_i x_{t-k+1+i}
+        c += w * _input(X, WINDOW, b, t - K + 1 + i, T, W, SX, ch, K, HAS_WINDOW)  # c_t = bias + sum w_i x_{t-k+1+i}
     return c
 
 
@@ -76,14 +76,15 @@ def _backward(X, WINDOW, WEIGHT, BIAS, DY, DX, DWINDOW, DW, T, W, SX, K: tl.cons
         dx = tl.load(WEIGHT + ch * K, mask=ch < W, other=0.0) * d
         for i in tl.static_range(K):
             x = _input(X, WINDOW, b, s + i, T, W, SX, ch, K, HAS_WINDOW)
-            dw += tl.where(tap == i, tl.sum(d * x, 0)[None, :], 0.0)                         # dw_i = sum d_t x_{t-k+1+i}
+            dw += tl.where(tap == i, tl.sum(d * x, 0)[None, :], 0.0)  # dw_i = sum d_t x_{t-k+1+i}
         dw += tl.where(tap == K, tl.sum(d, 0)[None, :], 0.0)
         for j in range(K - 1):                               # not unrolled: k times the registers would spill
             d = _late(X, WINDOW, WEIGHT, BIAS, DY, b, s + j, T, W, SX, ch, K, HAS_WINDOW)
-            dx += tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d           # dx_s = sum w_{k-1-j} d_{s+j}
-        tl.store(DX + b * T * W + s.to(tl.int64) * W + ch, dx.to(DX.dtype.element_ty), mask=(s >= 0) & (s < T) & (ch < W))
+            dx += tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d  # dx_s = sum w_{k-1-j} d_{s+j}
+        new, old = (s >= 0) & (s < T) & (ch < W), (s < 0) & (ch < W)
+        tl.store(DX + b * T * W + s.to(tl.int64) * W + ch, dx.to(DX.dtype.element_ty), mask=new)
         if HAS_WINDOW:
-            tl.store(DWINDOW + (b * (K - 1) + s + K - 1) * W + ch, dx.to(DWINDOW.dtype.element_ty), mask=(s < 0) & (ch < W))
+            tl.store(DWINDOW + (b * (K - 1) + s + K - 1) * W + ch, dx.to(DWINDOW.dtype.element_ty), mask=old)
     part = (b * tl.num_programs(1) + block) * (K + 1)
     tl.store(DW + (part + tap) * W + ch, dw, mask=(tap <= K) & (ch < W))
 
@@ -106,8 +107,9 @@ class Conv(torch.autograd.Function):
         blocks = triton.cdiv(t + k - 1, SPAN)                # the last k-1 inputs start k-1 steps late
         dx, dw = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(b, blocks, k + 1, w)
         dwindow = None if window is None else torch.empty_like(window)
-        _backward[triton.cdiv(w, 128), blocks, b](x, window, weight, bias, dy.contiguous(), dx, dwindow, dw, t, w, x.stride(1),
-                                                  k, 16, 128, SPAN, triton.next_power_of_2(k + 1), window is not None, num_warps=4)
+        _backward[triton.cdiv(w, 128), blocks, b](
+            x, window, weight, bias, dy.contiguous(), dx, dwindow, dw, t, w, x.stride(1), k, 16, 128, SPAN,
+            triton.next_power_of_2(k + 1), window is not None, num_warps=4)
         dw = dw.sum((0, 1))
         return dx, dw[:k].T, dw[k], dwindow
 

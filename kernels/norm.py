@@ -74,8 +74,8 @@ class GatedNorm(torch.autograd.Function):
         (b, t, e), blocks, own = y.shape, triton.cdiv(y.shape[0] * y.shape[1], TOKENS), y.shape[2] // ctx.groups
         dy, dz = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (y, z))
         dw = weight.new_empty(blocks, e)
-        _backward[blocks, ctx.groups](y, z, weight, o.contiguous(), dy, dz, dw, b * t, y.stride(1), z.stride(1), ctx.eps,
-                                      own, triton.next_power_of_2(own), TOKENS, num_warps=4)
+        _backward[blocks, ctx.groups](y, z, weight, o.contiguous(), dy, dz, dw, b * t, y.stride(1), z.stride(1),
+                                      ctx.eps, own, triton.next_power_of_2(own), TOKENS, num_warps=4)
         return dy, dz, dw.sum(0), None, None
 
 

@@ -51,7 +51,7 @@ def _fade(DT, row, a, T, t0, H, q):
 @triton.jit
 def _states(X, DT, A, B, START, KEPT, LAST, FADE, T, H, R, SX, SB, SEG,
             P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, REV: tl.constexpr, KEEP: tl.constexpr):
-    """KEEP: S before every chunk (REV: G after it, X and B being dy and C). Else what a segment writes, and its fade."""
+    """KEEP: S before every chunk (REV: G after it, X and B being dy and C). Else a segment's write and fade."""
     hs, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, s = hs % H, hs // H                                   # head, segment
     G, segments = H // R, tl.num_programs(1) // H
@@ -102,7 +102,7 @@ def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SEG,
         Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
         y = tl.dot(Cq, S.to(x.dtype), input_precision="ieee") * tl.exp2(cs)[:, None]         # 2^(c_q) S C_q
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
-        W = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]           # (C_q . B_r) 2^(c_q - c_r) dt_r
+        W = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]  # (C_q . B_r) 2^(c_q - c_r) dt_r
         y = tl.dot(W.to(x.dtype), x, y, input_precision="ieee") + skip * x.to(tl.float32)    # + sum_r W_qr x_r + D x_q
         tl.store(Y + (row * H + h) * P + q[:, None] * (H * P) + p[None, :], y.to(Y.dtype.element_ty), mask=ok)
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
@@ -135,9 +135,9 @@ def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB,
     M = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits)
     e = tl.dot(M.to(x.dtype).T, y, e, input_precision="ieee")                                # + sum_q M_qr y_q
     W = tl.dot(y, x.T, input_precision="ieee") * M
-    dc += tl.sum(W * dt[None, :], 1) - tl.sum(W, 0) * dt - end                               # ... and chunk, less what it wrote
+    dc += tl.sum(W * dt[None, :], 1) - tl.sum(W, 0) * dt - end  # ... and chunk, less what it wrote
     tl.store(DX + own, (e * dt[:, None] + skip * y).to(DX.dtype.element_ty), mask=ok)        # dx = dt e + D y
-    da = tl.cumsum(dc, 0, reverse=True) + tl.sum(end, 0) + tl.exp2(last) * SG                # dc from q on + what the end owes
+    da = tl.cumsum(dc, 0, reverse=True) + tl.sum(end, 0) + tl.exp2(last) * SG  # dc from q on + what the end owes
     tl.store(DDT + row * H + h + q * H, tl.sum(e * x, 1) + a * da, mask=t0 + q < T)          # ddt = e . x + A da
     part = (b * tl.num_programs(0) + k) * H + h
     tl.store(DA + part, tl.sum(da * dt, 0))                                                  # dA = sum of dt da
@@ -162,9 +162,9 @@ def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB,
         dC = tl.dot(late, tl.load(S_IN + state + tile), dC, input_precision="ieee")          # 2^(c_q) S^T y_q
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
-        Z += tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]            # (y_q . x_r) 2^(c_q - c_r) dt_r
+        Z += tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]  # (y_q . x_r) 2^(c_q - c_r) dt_r
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
-        dB = tl.dot(u, tl.load(G_OUT + state + tile), dB, input_precision="ieee")            # 2^(c_Q - c_r) dt_r G^T x_r
+        dB = tl.dot(u, tl.load(G_OUT + state + tile), dB, input_precision="ieee")  # 2^(c_Q - c_r) dt_r G^T x_r
     Bq = tl.load(B + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     Cq = tl.load(C + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     own = (row * G + g) * N + q[:, None] * (G * N) + n[None, :]
@@ -188,7 +188,7 @@ def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB,
         x = tl.load(X + row * SX + h * P + p).to(tl.float32)
         Bt = tl.load(B + row * SB + h // R * N + n).to(tl.float32)
         Ct = tl.load(C + row * SB + h // R * N + n).to(tl.float32)
-        S = tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]                            # S_t = a_t S_{t-1} + dt_t x_t B_t^T
+        S = tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]  # S_t = a_t S_{t-1} + dt_t x_t B_t^T
         y = tl.sum(S * Ct[None, :], 1) + skip * x                                            # y_t = S_t C_t + D x_t
         tl.store(Y + (row * H + h) * P + p, y.to(Y.dtype.element_ty))
         if EVERY:
@@ -204,9 +204,11 @@ def prepare(x, dt, A, B, C, D, state):
     if {p, n} - {16, 32, 64, 128}:
         raise ValueError(f"ssd with fast=True takes a head dim and a state size of 16, 32, 64 or 128, not {p} and {n}")
     if not x.dtype == B.dtype == C.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"ssd with fast=True takes x, B, C of one type of 16 or 32 bits, not {x.dtype}, {B.dtype}, {C.dtype}")
+        raise ValueError(f"ssd with fast=True takes x, B, C of one type of 16 or 32 bits, "
+                         f"not {x.dtype}, {B.dtype}, {C.dtype}")
     if t == 0 or h % g or dt.shape != (b, t, h) or B.shape != C.shape or B.shape[:2] != (b, t):
-        raise ValueError(f"ssd: x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)} do not fit")
+        raise ValueError(f"ssd: x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, "
+                         f"C {tuple(C.shape)} do not fit")
     D = x.new_zeros(h, dtype=torch.float32) if D is None else D.float().contiguous()
     state = x.new_zeros(b, h, p, n, dtype=torch.float32) if state is None else state.float().contiguous()
     B, C = rows(B), rows(C)
@@ -237,8 +239,8 @@ class SSD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         strides, BP, s = (x.stride(1), B.stride(1)), min(p, 32), triton.cdiv(t, cut)
         y, last, start = x.new_empty(b, t, h, p), torch.empty_like(state), state
-        if s > 1:                                            # what each segment but the last writes, then the recurrence
-            start, fade = x.new_empty(b, s, h, p, n, dtype=torch.float32), x.new_empty(b, s - 1, h, 1, 1, dtype=torch.float32)
+        if s > 1:  # what each segment but the last writes, then the recurrence
+            start, fade = state.new_empty(b, s, h, p, n), state.new_empty(b, s - 1, h, 1, 1)
             start[:, 0] = state
             _states[p // BP, h * (s - 1), b](x, dt, A, B, state, state, start, fade, t, h, h // g, *strides, cut,
                                              p, n, Q, BP, False, False, **walk)

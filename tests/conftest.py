@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+collect_ignore = ["interpreted", "compiled"]             # processes of their own: test_kernels.py starts them
 settings.register_profile("repo", deadline=None, derandomize=True, database=None)   # the same examples on every machine
 settings.load_profile("repo")
 

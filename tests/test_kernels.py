@@ -7,6 +7,7 @@ tests/interpreted and each list of tests/compiled runs in one of its own, and fa
     python -m pytest tests/interpreted         numbers: every kernel against fp64, every address checked
     python tests/compiled/aot.py               registers, spills, shared memory, instructions on A100, H100, B200
 """
+import ast
 import importlib.util
 import os
 import subprocess
@@ -20,7 +21,7 @@ INTERPRETED = sorted(p.stem for p in (HERE / "interpreted").glob("test_*.py"))
 COMPILED = sorted(p.stem for p in (HERE / "compiled").glob("*.py") if p.stem != "aot")
 KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("*.py") if p.stem != "__init__")
 here = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not here, reason="triton is not installed: pip install -r requirements-dev.txt (Linux only)")
+needs_triton = pytest.mark.skipif(not here, reason="triton is not installed: pip install -r requirements-dev.txt")
 
 
 def run(*args, **env):
@@ -49,10 +50,22 @@ def test_every_kernel_is_interpreted_and_compiled():
     assert {f"test_{k}" for k in KERNELS} <= set(INTERPRETED) and set(KERNELS) == set(COMPILED)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_file_is_a_lesson(name):
+    """It opens with grid, traffic, numbers; imports torch, triton, kernels alone; no atomics: always the same bits."""
+    text = (HERE.parent / "kernels" / f"{name}.py").read_text()
+    tree = ast.parse(text)
+    assert all(word in ast.get_docstring(tree) for word in ("grid ", "traffic ", "numbers "))
+    tops = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {
+        n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert {t.split(".")[0] for t in tops} <= {"torch", "triton", "kernels"}, tops
+    assert max(map(len, text.splitlines())) <= 120 and "tl.atomic" not in text
+
+
 def test_asking_for_what_cannot_run_says_why():
     """No Triton: one sentence at the import. No GPU: one sentence at the call. Never another path."""
-    hidden = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a); "
-    done = run("-c", hidden + "import kernels")
+    hidden = "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a); import kernels"
+    done = run("-c", "import importlib.util as u; f = u.find_spec; " + hidden)
     assert done.returncode and "fast=True needs the package triton" in done.stdout.splitlines()[-1]
     if here:
         done = run("-c", "import kernels, torch; kernels.on_gpu('ssd', torch.zeros(1))", CUDA_VISIBLE_DEVICES="")

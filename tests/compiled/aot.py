@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CARDS = {80: ("A100", 163), 90: ("H100", 227), 100: ("B200", 227)}           # sm: name, KiB of shared memory a block may have
+CARDS = {80: ("A100", 163), 90: ("H100", 227), 100: ("B200", 227)}     # sm: name, KiB of shared memory a block may have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = dict([("mma.sync", r"(?<!w)\bmma\.sync"), ("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"),
                      ("block_scale", r"block_scale"), ("tma", r"cp\.async\.bulk\.tensor"), ("atomic", r"\b(?:red|atom)\.")])
@@ -52,7 +52,7 @@ class Row:
 @dataclass
 class Made:
     regs: int
-    stack: int                                               # bytes of local memory a thread: what is spilled lives there
+    stack: int                                               # bytes of local memory a thread: spilled registers
     shared: int
     found: dict                                              # instruction: how many times in the PTX
     seconds: float
@@ -75,7 +75,8 @@ def make(row, sm):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
-        usage = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True,
+                               check=True).stdout
     regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     found = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)}
     return Made(regs, stack, made.metadata.shared, found, seconds, ptx)

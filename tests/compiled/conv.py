@@ -11,8 +11,10 @@ def row(kernel, what, window, **consts):
     consts = dict(K=4, BW=128, HAS_WINDOW=window, **consts)
     if not window:
         consts |= dict.fromkeys({"WINDOW", "DWINDOW"} & set(kernel.arg_names))
-    return Row(kernel, what, {k: v for k, v in TYPES.items() if k in kernel.arg_names and k not in consts}, consts, odd=("T",), stages=3)
+    types = {k: v for k, v in TYPES.items() if k in kernel.arg_names and k not in consts}
+    return Row(kernel, what, types, consts, odd=("T",), stages=3)
 
 
-ROWS = [row(_forward, "training", False, BT=32), row(_forward, "one token", True, BT=1), row(_forward, "a later chunk", True, BT=32),
+ROWS = [row(_forward, "training", False, BT=32), row(_forward, "one token", True, BT=1),
+        row(_forward, "a later chunk", True, BT=32),
         row(_backward, "training", False, BT=16, SPAN=SPAN, TAPS=8)]
