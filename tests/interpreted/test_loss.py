@@ -4,6 +4,8 @@ kernels/loss.py is mtp.nll(F.linear(h, weight)), in fp64: the sum, and the gradi
 Vocabularies that fill no block, rows that fill no piece, masked targets (their gradient is exactly zero), logits
 large enough that exp overflows, and the training loss of a whole model with its MTP heads.
 """
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,7 +91,7 @@ def test_never_all_logits():
 
 
 def test_the_training_loss_takes_this_path_when_asked():
-    model = Nemotron(Config.preset("toy", vocab_size=67))
+    model = Nemotron(replace(Config.preset("toy"), vocab_size=67))
     ids = torch.randint(67, (2, 9), generator=torch.Generator().manual_seed(0))
     def ask():
         parts = train.losses(model, ids)
