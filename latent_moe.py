@@ -72,8 +72,14 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) * hidden ** -.5)
         self.mm = grouped_mm                                                 # seam: for nvfp4.py's own
         self.exchange = None                                                 # seam: parallel.py's all-to-all
+        self.fast = False                                                    # kernels/experts.py, all in one
 
     def forward(self, c, pick, gate):                                        # (m, l) (m, k) (m, k)
+        if self.fast:
+            if self.exchange or self.mm is not grouped_mm:
+                raise ValueError("experts with fast=True have no place for an exchange between ranks or another mm")
+            from kernels.experts import experts
+            return experts(c, pick, gate, self.up_proj, self.down_proj)
         (m, k), E = pick.shape, len(self.up_proj)
         order = pick.flatten().argsort(stable=True)                          # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)                                 # (m*k, l)   each slot's token

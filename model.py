@@ -150,6 +150,7 @@ class Nemotron(nn.Module):
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = c = config
+        self.fast = False                                                    # the loss's share of it: train.py
         self.backbone = nn.Module()
         self.backbone.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.backbone.layers = nn.ModuleList(Block(c, letter) for letter in c.hybrid_override_pattern)

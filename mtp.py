@@ -68,7 +68,15 @@ def nll(logits, targets, mask):
     return (each * mask.flatten()).sum()
 
 
-def loss(mtp, h, targets, mask, embed, head):
+def linear_nll(h, head, targets, mask, fast=False):
+    """nll of head(h); fast never holds the logits.   h (b, t, d), head a Linear (v, d) -> scalar, fp32"""
+    if fast:
+        from kernels.loss import linear_nll as kernel
+        return kernel(h, head.weight, targets, mask)
+    return nll(head(h), targets, mask)
+
+
+def loss(mtp, h, targets, mask, embed, head, fast=False):
     """The summed loss of every depth: [depth 1, ..., depth K]. Divide each by its own targets, see `counts`.
 
     h (b, t, d) the backbone's states   targets (b, t) the tokens t+1   mask (b, t) bool, which targets count

@@ -115,8 +115,9 @@ def losses(model, ids, mask=None):
     x, y = ids[:, :-1], ids[:, 1:]
     mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
     h = model.hidden(x)
-    deeper = mtp.loss(model.mtp, h, y, mask, model.backbone.embeddings, model.lm_head) if model.mtp else []
-    return [mtp.nll(model.logits(h), y, mask), *deeper]
+    embed, head, fast = model.backbone.embeddings, model.lm_head, model.fast
+    deeper = mtp.loss(model.mtp, h, y, mask, embed, head, fast) if model.mtp else []
+    return [mtp.linear_nll(h, head, y, mask, fast), *deeper]
 
 
 @torch.no_grad()

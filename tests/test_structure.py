@@ -19,6 +19,7 @@ HOUSE = {
     "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 320), "hf": (("config", "model"), 210),
     "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model"), 250),
     "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "plot", "sample"), 430),
+    "bench": (("config", "latent_moe", "mamba", "model", "mtp", "sample", "train"), 420),
 }
 
 
