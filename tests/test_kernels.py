@@ -1,0 +1,81 @@
+"""
+The Triton kernels on a machine without a GPU: interpreted for their numbers, compiled for their registers.
+
+Triton decides at import whether it interprets or compiles, so neither can happen in this process. Each file of
+tests/interpreted and each list of tests/compiled runs in one of its own, and fails here with what it printed:
+
+    python -m pytest tests/interpreted         numbers: every kernel against fp64, every address checked
+    python tests/compiled/aot.py               registers, spills, shared memory, instructions on A100, H100, B200
+"""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+INTERPRETED = sorted(p.stem for p in (HERE / "interpreted").glob("test_*.py"))
+COMPILED = sorted(p.stem for p in (HERE / "compiled").glob("*.py") if p.stem != "aot")
+KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("*.py") if p.stem != "__init__")
+here = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not here, reason="triton is not installed: pip install -r requirements-dev.txt (Linux only)")
+
+
+def run(*args, **env):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_"))}
+    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE.parent, env={**inherited, **env}, timeout=600,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name):
+    done = run("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", HERE / "interpreted" / f"{name}.py")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name):
+    done = run(HERE / "compiled" / "aot.py", name)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_every_kernel_is_interpreted_and_compiled():
+    assert {f"test_{k}" for k in KERNELS} <= set(INTERPRETED) and set(KERNELS) == set(COMPILED)
+
+
+def test_asking_for_what_cannot_run_says_why():
+    """No Triton: one sentence at the import. No GPU: one sentence at the call. Never another path."""
+    hidden = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a); "
+    done = run("-c", hidden + "import kernels")
+    assert done.returncode and "fast=True needs the package triton" in done.stdout.splitlines()[-1]
+    if here:
+        done = run("-c", "import kernels, torch; kernels.on_gpu('ssd', torch.zeros(1))", CUDA_VISIBLE_DEVICES="")
+        assert done.returncode and "ssd with fast=True needs a CUDA GPU" in done.stdout.splitlines()[-1]
+
+
+BROKEN = """
+import sys
+sys.path[:0] = [{compiled!r}]
+import aot, triton, triton.language as tl
+@triton.jit
+def copy(X, OUT, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(OUT + i, tl.load(X + i, i < n, 0), i < n)
+row = aot.Row(copy, "a copy", dict(X="*fp32", OUT="*fp32", n="i32"), dict(N=1024), wants={{90: "wgmma"}}, cards=(90,))
+made = aot.make(row, 90)
+made.stack, made.shared = 8, 1 << 20
+print(*aot.faults(row, 90, made), sep="\\n")
+"""
+
+
+@needs_triton
+def test_this_file_can_fail(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN.format(compiled=str(HERE / "compiled")))
+    lines = run(tmp_path / "broken.py").stdout.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["spills", "wants", "has"], lines
