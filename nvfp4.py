@@ -404,7 +404,8 @@ def diagnose(model):
     A channel is dead when its row of up_proj and its column of down_proj are both below 1 % of their layer's mean.
     """
     pairs = [(m.up_proj, m.down_proj) for m in model.modules() if hasattr(m, "mm")]
-    gradients = [p.grad for name, p in model.named_parameters() if ".mixer." in name and p.ndim > 1 and p.grad is not None]
+    matrices = [p for name, p in model.named_parameters() if ".mixer." in name and p.ndim > 1]
+    gradients = [p.grad for p in matrices if p.grad is not None]
     total = {}
     for how in counters(model):
         for name, n in (how.flushed or {}).items():
@@ -415,3 +416,84 @@ def diagnose(model):
     share = lambda xs: sum(int(x.sum()) for x in xs) / max(1, sum(x.numel() for x in xs))
     return {"zero_gradients": share([g == 0 for g in gradients]), "dead_channels": share(dead),
             **{name.replace(" ", "_"): float(n[0] / n[1].clamp(min=1)) for name, n in sorted(total.items())}}
+
+
+# 4. What it costs in error, with the windows of the published rule.
+
+def table(x):
+    """Relative errors of x (m, k) under each way to round it, in percent -> {name: (bits a number, error)}."""
+    def error(y):
+        return float(100 * (y.view_as(x).double() - x.double()).norm() / x.double().norm())
+    def stochastic(x):
+        return dequantize(quantize(x, noise=random_bytes(x).view(x.shape)))
+    def searched(x):
+        w, s, two = export_weight(x, "mse")
+        return unpack(w) * (s.float() * two).repeat_interleave(16, 1)
+    eye = hadamard(torch.eye(16))
+    turn_back = lambda y: (y.view(-1, 16) @ eye.T).view_as(x)
+    return {"NVFP4 1x16": (4.5, error(dequantize(quantize(x)))),
+            "NVFP4 16x16": (4 + 8 / 256, error(dequantize(quantize(x, (16, 16))))),
+            "NVFP4 1x16, rotated": (4.5, error(turn_back(dequantize(quantize(hadamard(x)))))),
+            "NVFP4 1x16, stochastic": (4.5, error(stochastic(x))),
+            "NVFP4 1x16, best scales": (4.5, error(searched(x))),
+            "MXFP4 1x32": (4.25, error(mx(x, (1, 32), "mxfp4"))),
+            "MXFP8 1x32": (8.25, error(mx(x, (1, 32), "mxfp8")))}
+
+
+def draw(path, x):
+    """Two blocks of one row, one loud and one quiet, and where each may put its numbers."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    q = quantize(x)
+    y, unit = dequantize(q), q.scales.float() * q.amax / 2688
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for b, ax in enumerate(axes):
+        part = slice(16 * b, 16 * b + 16)
+        for level in torch.cat([-E2M1, E2M1]).tolist():
+            ax.axhline(level * float(unit[0, b]), color="C7", lw=.6)
+        ax.vlines(range(16), x[0, part], y[0, part], "C3", lw=2)
+        ax.plot(x[0, part], "ko", ms=5, label="x")
+        ax.plot(y[0, part], "C0D", ms=5, label="q s_b amax/2688")
+        ax.set(title=f"block {b}: s_b = {float(q.scales[0, b]):g}, one step near 0 is {float(unit[0, b]) / 2:.3g}",
+               xlabel="element; the lines are the block's sixteen numbers")
+    axes[0].legend(frameon=False)
+    fig.suptitle(f"One tensor, amax {float(q.amax):.3g}; every 16 neighbours have a scale of their own")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110)
+
+
+def main():
+    """Prints the number line and the error table, and saves runs/nvfp4.png: the two-level scale at work."""
+    from pathlib import Path
+    torch.manual_seed(0)
+    line = [" "] * 73
+    for v in E2M1.tolist():
+        line[round(v * 12)] = "|"
+    print("E2M1, the positive half; beyond 6 all is 6\n  " + "".join(line))
+    print("  0     .5    1     1.5   2           3           4                       6")
+    print("  ties go to the even code: " + ", ".join(
+        f"{float(a + b) / 2:g} to {float(to_grid(((a + b) / 2).view(1))):g}" for a, b in zip(E2M1, E2M1[1:])))
+
+    n = 1024
+    normal = lambda: torch.randn(n, n)
+    loud = torch.ones(n).masked_fill(torch.arange(n) % 128 == 5, 32)
+    laplace, student = torch.distributions.Laplace(0., 1.), torch.distributions.StudentT(torch.tensor(3.))
+    inputs = {"N(0,1)": normal(), "Laplace": laplace.sample((n, n)), "Student-t(3)": student.sample((n, n)),
+              "8 loud columns": normal() * loud}
+    results = {name: table(x) for name, x in inputs.items()}
+    windows = {"NVFP4 1x16": "9.49 to 9.54", "NVFP4 16x16": "11.10 to 11.16", "MXFP4 1x32": "11.47 to 11.53",
+               "NVFP4 1x16, best scales": "8.10 to 8.16"}
+    print(f"\nrelative error in percent, {n} x {n} numbers\n{'':26}{'bits':>7}"
+          + "".join(f"{name:>16}" for name in results) + "   window, N(0,1)")
+    for row, (bits, _) in results["N(0,1)"].items():
+        print(f"  {row:24}{bits:7.2f}" + "".join(f"{r[row][1]:16.2f}" for r in results.values())
+              + f"   {windows.get(row, '')}")
+    x = torch.randn(16, 32) * torch.tensor([1., .05]).repeat_interleave(16)
+    path = Path("runs") / "nvfp4.png"
+    draw(path, x)
+    print(f"\n{path}: the same tensor's loud and quiet blocks, each on a grid of its own")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ quantiser, Model Optimizer 0.47, on a CPU), against E2M1's table, and against th
 Bits are compared where bits are defined: codes, scales, amax, decoded numbers, the Hadamard product, every random byte.
 """
 import math
+import re
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from safetensors.torch import load_file
 
 import latent_moe
 import nvfp4
+import train
 from model import Config, Nemotron
 from nvfp4 import E2M1, QuantizedMM, Operands, Recipe, dequantize, export_weight, hadamard, quantize
 
 G = load_file(ROOT / "tests" / "golden" / "nvfp4.safetensors")
-INPUTS = sorted(k[:-2] for k in G if k.endswith("/x") and "/te1d.q" in k[:-2] + "/te1d.q" and k[:-2] + "/te1d.q" in G)
+INPUTS = sorted(k.split("/")[0] for k in G if k.endswith("/te1d.q"))
 R = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -320,6 +322,43 @@ def test_under_autocast_the_output_is_bf16_and_the_gradient_fp32():
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32 and x.grad.shape == x.shape
     assert rms(y.float(), x @ layer.weight.T) < .2
+
+
+def toy(tmp_path, name, **more):
+    tiny = ("hybrid_override_pattern=ME*EM,hidden_size=32,mamba_num_heads=2,n_routed_experts=4,num_experts_per_tok=2,"
+            "moe_latent_size=16,moe_intermediate_size=32,moe_shared_expert_intermediate_size=32,num_nextn_predict_layers=0")
+    lines = []
+    run = train.Run(name=name, out=str(tmp_path), model=tiny, data="recall", tokenizer="bytes", batch=4, length=32, eval_every=8,
+                    save_every=5, eval_tokens=256, log_every=1, prompt="", device="cpu", **{"steps": 8, **more})
+    model, rows = train.fit(run, say=lines.append)
+    return model.state_dict(), rows, "\n".join(lines)
+
+
+def test_training_resumes_and_changes_precision(tmp_path):
+    """8 steps are 5 and 3 more, random bytes included; from fp32 to four bits and back is a flag, and is said."""
+    whole, rows, text = toy(tmp_path, "a", precision="nvfp4", diagnose=True)
+    assert "products in NVFP4" in text and "1 products in MXFP8" in text and 0 < rows[-1]["fprop_x"] < .5
+    toy(tmp_path, "b", precision="nvfp4", stop=5)
+    parts, again, text = toy(tmp_path, "b", precision="nvfp4", resume=True)
+    assert all(torch.equal(whole[k], parts[k]) for k in whole) and " up to step" not in text
+    toy(tmp_path, "c", precision="fp32", stop=5)
+    other, rows, text = toy(tmp_path, "c", precision="nvfp4", resume=True, diagnose=True)
+    assert "fp32 up to step 5, nvfp4 from here" in text and "zero_gradients" in text
+    assert not all(torch.equal(whole[k], other[k]) for k in whole) and math.isfinite(rows[-1]["train_nats"])
+    assert "nvfp4 up to step 8, fp32 from here" in toy(tmp_path, "c", precision="fp32", resume=True, steps=9)[2]
+    with pytest.raises(ValueError, match="'int4' is none of"):
+        toy(tmp_path, "d", precision="int4")
+
+
+def test_the_file_runs_by_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    nvfp4.main()
+    text = capsys.readouterr().out
+    assert (tmp_path / "runs" / "nvfp4.png").stat().st_size > 10_000
+    for line in text.splitlines():
+        if " to " in line and line.startswith("  NVFP4") or line.startswith("  MXFP4"):
+            low, high = map(float, line.split()[-3::2])
+            assert low <= float(re.search(r"\d\.\d\d +(\d+\.\d\d)", line)[1]) <= high, line
 
 
 def test_this_file_can_fail(monkeypatch):
