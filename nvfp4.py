@@ -96,8 +96,11 @@ def encode(x, tile, noise=None, owner=None, experts=1):
     return to_grid(x * e, None if noise is None else noise.view(x.shape)), s, amax
 
 
-def quantize(x, tile=(1, 16), noise=None):
+def quantize(x, tile=(1, 16), noise=None, fast=False):
     """x (M, K) -> NVFP4, as TransformerEngine does. tile (16, 16) repeats its scale; noise: a random byte each."""
+    if fast:
+        from kernels.fp4 import quantize
+        return NVFP4(*quantize(x, tile, noise))
     if x.ndim != 2 or tile not in ((1, 16), (16, 16)) or x.shape[0] % tile[0] or x.shape[1] % 16 or not x.numel():
         raise ValueError(f"a tensor of shape {tuple(x.shape)} does not divide into tiles of {tile}: "
                          "M rows, K columns, tiles (1, 16) or (16, 16)")
@@ -210,6 +213,11 @@ class Recipe:
     rht: bool = True
     sr: bool = True
     last: float = 0.15                                # share of the layers, at the end, in high precision
+    fast: bool = False                                # single matrices from codes, by kernels/fp4.py
+
+    def __post_init__(self):
+        if self.fast and not self.two_d and self.format == "nvfp4":
+            raise ValueError("fast=True has 16x16 weights only; two_d=False needs fast=False")
 
     @staticmethod
     def read(text):
@@ -217,8 +225,8 @@ class Recipe:
         off = {"2d": dict(two_d=False), "rht": dict(rht=False), "sr": dict(sr=False), "last": dict(last=0.0)}
         wrong = [word for word in without if word not in off] + [format] * (format not in ("nvfp4", "mxfp4", "mxfp8"))
         if wrong:
-            raise ValueError(f"precision {text!r}: {wrong[0]!r} is none of nvfp4, mxfp4, mxfp8, "
-                             "nor of -2d, -rht, -sr, -last")
+            raise ValueError(f"--precision {text!r}: choose auto, fp32, bf16, nvfp4, mxfp4 or mxfp8, and what to leave "
+                             f"out as in nvfp4-sr: {', '.join(off)}; there is no {wrong[0]!r}")
         recipe = Recipe(format)
         for word in without:
             recipe = replace(recipe, **off[word])
@@ -329,10 +337,14 @@ def spread(x, count, size):
 
 
 def matmul(x, w, count, how):
-    """QuantizedMM, in the dtype that autocast would have chosen."""
-    kind = x.device.type
+    """QuantizedMM, in the dtype that autocast would have chosen; fast: one matrix, from codes."""
+    r, kind = how.recipe, x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    fast = r.fast and r.format == "nvfp4" and count is None
     with torch.autocast(kind, enabled=False):
+        if fast:
+            from kernels.fp4 import Product
+            return Product.apply(x.to(dtype), w[0], r.rht and (lambda v: hadamard(v, 0)), r.sr and random_bytes)
         return QuantizedMM.apply(x.to(dtype), w, count, how)
 
 

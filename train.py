@@ -18,7 +18,7 @@ then clips the gradient, steps AdamW and nudges every router's bias. The learnin
 
 Instead of falling it can stay: then the last checkpoints' average, weighted by the same curve, stands in.
 
-Not here  ranks; the FP4 recipe; document masks: a window may begin in one file and end in another
+Not here  ranks; the FP4 recipe (nvfp4.py); document masks: a window may begin in one file and end in another
 Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses), 2.5 (merging, after arXiv:2507.17634)
 """
 import argparse

@@ -13,8 +13,10 @@ numbers    scales in fp32 in nvfp4.scales' order, with divisions that round (div
            arithmetic that is right on every GPU and in the interpreter; noise: given bytes, or Philox's.
 """
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from kernels import on_gpu
 
@@ -170,7 +172,7 @@ def quantize(x, tile=(1, 16), noise=None, rht=False, amax=None, seed=None, fake=
 
 
 def gemm(a, b, dtype=torch.bfloat16, native=None, BM=128, BN=128, BK=128):
-    """a (M, K), b (N, K), both (codes, scales, amax) -> a b^T (M, N). native: None asks the GPU if it is a Blackwell."""
+    """a (M, K), b (N, K), both (codes, scales, amax) -> a b^T (M, N). native: None: on a Blackwell."""
     on_gpu("nvfp4.gemm", *a, *b)
     (M, K), N = a[0].shape, len(b[0])
     if b[0].shape[1] != K:
@@ -193,3 +195,29 @@ def decode(x, b, BM=16, BN=64, BK=128):
     d = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _decode[triton.cdiv(N, BN), triton.cdiv(M, BM)](x, b[0], b[1], b[2] / 2688, d, M, N, K, BM=BM, BN=BN, BK=BK)
     return d
+
+
+class Product(torch.autograd.Function):
+    """x (m, i), w (o, i) -> x w^T: nvfp4.QuantizedMM of one matrix, its three products from codes.
+
+    rotate(x) rotates down the columns, or is None; bytes(x) draws a byte for each number, or is None.
+    """
+    @staticmethod
+    def forward(ctx, x, w, rotate, bytes):
+        m, (o, i) = len(x), w.shape
+        x, w = F.pad(x, (0, -i % 16, 0, -m % 16)), F.pad(w, (0, -i % 16, 0, -o % 16))
+        ctx.save_for_backward(x, w)
+        ctx.how, ctx.shape = (rotate or (lambda v: v), bytes), (m, o, i)
+        return gemm(quantize(x), quantize(w, (16, 16)), x.dtype)[:m, :o]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, w), (rotate, bytes), (m, o, i) = ctx.saved_tensors, ctx.how, ctx.shape
+        dy = F.pad(dy, (0, len(w) - o, 0, len(x) - m))
+        noise = lambda: bytes(dy).view(dy.shape) if bytes else None
+        dx = gemm(quantize(dy, noise=noise()), quantize(w.T, (16, 16)), x.dtype)   # tiles: w's numbers again
+        turned, drawn = rotate(dy).T, noise()
+        drawn = drawn if drawn is None else drawn.T.contiguous()
+        dw = gemm(quantize(turned, noise=drawn), quantize(rotate(x).T), torch.float32)
+        return dx[:m, :i], dw[:o, :i], None, None

@@ -4,6 +4,8 @@ kernels/fp4.py is nvfp4.py: codes and scales bit for bit, products to fp32's rou
 Ragged in rows and columns, both tiles, both roundings, row and column copies, the golden inputs whose ties show a
 wrong order of operations.
 """
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ROOT, rms
@@ -85,6 +87,21 @@ def test_golden_products():
     g = lambda name: (G[f"gemm/{name}.q"], G[f"gemm/{name}.s"].view(torch.float8_e4m3fn), G[f"gemm/{name}.amax"])
     y = fp4.gemm(g("x"), g("w"), torch.float32, False, BM=64, BN=32)
     assert (y - G["gemm/y"]).abs().max() < 1e-6 * G["gemm/y"].abs().max()
+
+
+@pytest.mark.parametrize("text", ["nvfp4", "nvfp4-rht", "nvfp4-sr"])
+def test_a_layer_from_codes_is_the_emulated_layer(text):
+    """Output and both gradients, sizes that need padding, the same random bytes."""
+    recipe, answers = nvfp4.Recipe.read(text), []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        x, w = R(40, 24).requires_grad_(), R(33, 24, seed=1).requires_grad_()
+        y = nvfp4.matmul(x, w[None], None, nvfp4.Operands(replace(recipe, fast=fast)))
+        y.backward(R(40, 33, seed=2))
+        answers.append((y, x.grad, w.grad))
+    for a, b in zip(*answers):
+        assert rms(b, a) < 1e-6
+    assert same(nvfp4.quantize(R(16, 32), fast=True), nvfp4.quantize(R(16, 32)))
 
 
 def test_bad_input_says_why():
