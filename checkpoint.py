@@ -112,9 +112,9 @@ def read(path, step=0):
 
 
 def write_log(path, rows):
-    """Rows (dicts with the same keys) as a csv, whole or not at all."""
+    """Rows (dicts; what one lacks is an empty cell) as a csv, whole or not at all."""
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, rows[0])
+    table = csv.DictWriter(text, dict.fromkeys(k for r in rows for k in r), restval="")
     table.writeheader()
     table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
     write(path, lambda f: f.write(text.getvalue().encode()))

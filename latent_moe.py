@@ -29,6 +29,7 @@ from torch import nn
 
 def grouped_mm(x, w, count):
     """Row block e of x times w[e].T.   x (m, i) by expert, w (E, o, i), count (E,) rows of each -> (m, o)"""
+    w = w.to(x.dtype)
     if torch_can(x, w):                                                      # one call instead of E
         return F.grouped_mm(x, w.mT, offs=count.cumsum(0).int())
     return torch.cat([F.linear(rows, we) for rows, we in zip(x.split(count.tolist()), w)])
@@ -87,8 +88,8 @@ class Experts(nn.Module):
         back = None
         if self.exchange:
             rows, count, back = self.exchange(rows, count)
-        hid = self.mm(rows, self.up_proj.to(c.dtype), count).relu().square() # (m*k, f)
-        out = self.mm(hid, self.down_proj.to(c.dtype), count)                # (m*k, l)
+        hid = self.mm(rows, self.up_proj, count).relu().square()             # (m*k, f)
+        out = self.mm(hid, self.down_proj, count)                            # (m*k, l)
         if back:
             out = back(out)
         at = torch.arange(m * k, device=c.device)

@@ -18,7 +18,7 @@ then clips the gradient, steps AdamW and nudges every router's bias. The learnin
 
 Instead of falling it can stay: then the last checkpoints' average, weighted by the same curve, stands in.
 
-Not here  ranks; the FP4 recipe; document masks: a window may begin in one file and end in another
+Not here  ranks; the FP4 recipe (nvfp4.py); document masks: a window may begin in one file and end in another
 Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses), 2.5 (merging, after arXiv:2507.17634)
 """
 import argparse
@@ -39,6 +39,7 @@ import checkpoint
 import data
 import latent_moe
 import mtp
+import nvfp4
 import plot
 import sample
 from model import Config, Nemotron, paths
@@ -82,8 +83,10 @@ class Run:
     from_step: int = knob(0, "resume from this checkpoint instead of the newest")
     merge: int = knob(0, "no training: merge the last N checkpoints of the run, evaluate each and the merge")
     device: str = knob("auto", "auto | cpu | cuda | mps")
-    precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32)")
+    precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32) | nvfp4 (emulated; nvfp4-sr: "
+                          "without stochastic rounding; -2d -rht -last likewise) | mxfp4 | mxfp8")
     fast: bool = knob(False, "Triton kernels (kernels/); needs a CUDA GPU")
+    diagnose: bool = knob(False, "log the shares of zero gradients, dead channels and what four bits flush to zero")
     threads: int = knob(0, "CPU threads; 0: torch's choice")
     prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
 
@@ -150,9 +153,8 @@ def choose_device(run, say):
     if run.threads:
         torch.set_num_threads(run.threads)
     can = device == "cuda" and torch.cuda.is_bf16_supported()
-    precision = run.precision if run.precision != "auto" else "bf16" if can else "fp32"
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"--precision {precision!r}: choose auto, fp32 or bf16")
+    precision = run.precision if run.precision in ("fp32", "bf16") else "bf16" if can else "fp32"
+    recipe = None if run.precision in ("auto", "fp32", "bf16") else nvfp4.Recipe.read(run.precision)
     why = dict(cuda="CUDA found", mps="no CUDA, Apple's MPS found", cpu="neither CUDA nor MPS found")[found]
     say(f"device     {device} ({why if run.device == 'auto' else 'as asked'}), "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
@@ -160,7 +162,18 @@ def choose_device(run, say):
     say(f"numbers    {precision}" + (" autocast" if precision == "bf16" else "")
         + f", parameters and optimiser fp32 ({why if run.precision == 'auto' else 'as asked'})")
     cast = (lambda: torch.autocast(device, torch.bfloat16)) if precision == "bf16" else nullcontext
-    return torch.device(device), cast
+    return torch.device(device), cast, recipe
+
+
+def quantise(model, recipe, run, say):
+    """Swaps in the four-bit products that --precision asks for, and says which."""
+    if recipe:
+        torch.manual_seed(run.seed)                                          # stochastic rounding draws from here
+        kinds = list(nvfp4.convert(model, recipe).values())
+        nvfp4.watch(model, run.diagnose)
+        say("           " + ", ".join(f"{kinds.count(k)} products in {k.upper()}" for k in sorted(set(kinds))) +
+            f" of {sum(hasattr(m, 'mm') or m.__class__.__name__ == 'Linear' for m in model.modules())}, emulated; "
+            f"{recipe}")
 
 
 def optimiser(model, run):
@@ -233,9 +246,10 @@ def merge(run, say=print):
     files = checkpoint.steps(folder)[-run.merge:]
     if len(files) < run.merge:
         raise ValueError(f"--merge {run.merge}: {folder} has {len(files)} checkpoints")
-    device, cast = choose_device(run, say)
+    device, cast, recipe = choose_device(run, say)
     first = checkpoint.read(files[0])
     model = Nemotron(Config(**first["config"])).to(device)
+    quantise(model, recipe, run, say)
     corpus, enc = data.corpus(first["run"]["data"]), data.unpack(first["tokenizer"])
     val, per_id = data.encode(enc, corpus.val), data.token_bytes(enc)
     results, total = [], {k: torch.zeros_like(v, dtype=torch.float64) for k, v in first["model"].items()}
@@ -274,7 +288,9 @@ def fit(run, say=print):
         if getattr(run, k) != saved["run"][k]:
             raise ValueError(f"--{k} {getattr(run, k)!r}: this run goes on with {saved['run'][k]!r}, "
                              "--name starts another")
-    device, cast = choose_device(run, say)
+    device, cast, recipe = choose_device(run, say)
+    if saved and run.precision != saved["run"]["precision"]:
+        say(f"precision  {saved['run']['precision']} up to step {saved['step']}, {run.precision} from here")
 
     # 1. Text to ids. The tokenizer learns from the training split, and travels in the checkpoint.
     corpus = data.corpus(run.data)
@@ -291,6 +307,7 @@ def fit(run, say=print):
     # 2. The model, its optimiser, and where the run stands.
     config = Config(**saved["config"]) if saved else configure(run, data.vocab_size(enc))
     model = Nemotron(config, run.seed).to(device)
+    quantise(model, recipe, run, say)
     opt = optimiser(model, run)
     start, rows, tokens_of_experts = saved["step"] if saved else 0, [], []
     if saved:
@@ -327,6 +344,9 @@ def fit(run, say=print):
             raise FloatingPointError(
                 f"step {step}: loss {nats[0]}, gradient norm {norm}; this step was not taken. "
                 + (f"The last checkpoint is {kept[-1]}" if kept else "No checkpoint had been written yet"))
+        log = step % run.log_every == 0 or step in (start + 1, end)
+        look, save = (step % every == 0 or step == end for every in (run.eval_every, run.save_every))
+        noted = nvfp4.diagnose(model) if run.diagnose and (log or look) else {}
         opt.step()
         opt.zero_grad(set_to_none=True)
         loads = [m.load for m in latent_moe.layers(model)]
@@ -334,8 +354,6 @@ def fit(run, say=print):
         vio = latent_moe.update_bias(model, run.bias_rate) or [(0.0, 0)]
 
         # 4. The log: a line now and then, an evaluation and a checkpoint less often.
-        log = step % run.log_every == 0 or step in (start + 1, end)
-        look, save = (step % every == 0 or step == end for every in (run.eval_every, run.save_every))
         if log or look:
             now = time.perf_counter()
             pace, clock, last = (now - clock) / (step - last), now, step     # seconds a step
@@ -344,12 +362,15 @@ def fit(run, say=print):
                        train_nats=nats[0], val_nats="", val_bpb="",
                        **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k}, balance=balance,
                        max_vio=sum(v for v, _ in vio) / len(vio), max_vio_worst=max(v for v, _ in vio),
-                       idle=sum(n for _, n in vio), grad_norm=norm, tokens_per_second=rate)
+                       idle=sum(n for _, n in vio), grad_norm=norm, tokens_per_second=rate,
+                       **noted)
             rows.append(row)
             deeper = "".join(f"  mtp{k} {n:6.3f}" for k, n in enumerate(nats) if k)
             say(f"step {step:5}/{run.steps}  loss {nats[0]:6.3f}{deeper}  lr {row['lr']:.1e}  "
                 f"MaxVio {row['max_vio']:4.2f}  idle {row['idle']:2}  |g| {norm:4.2f}  {rate:6,.0f} tok/s  "
                 + (f"after {now - began:.1f} s" if step == start + 1 else f"{left:4.0f} s left"))
+            if noted:
+                say("           shares  " + "  ".join(f"{k} {v:.2%}" for k, v in noted.items()))
             shares, tokens_of_experts = sum(tokens_of_experts).tolist(), []
         if look:
             row["val_nats"], row["val_bpb"] = evaluate(model, val, run, per_id, cast)

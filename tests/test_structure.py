@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = {
     "config": ((), 200), "mamba": ((), 270), "latent_moe": ((), 240), "mtp": ((), 160), "tokenizer": ((), 240), "checkpoint": ((), 190),
     "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 320), "hf": (("config", "model"), 210),
+    "nvfp4": ((), 520),
     "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model"), 250),
-    "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "plot", "sample"), 430),
+    "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "nvfp4", "plot", "sample"), 450),
     "bench": (("config", "latent_moe", "mamba", "model", "mtp", "sample", "train"), 420),
 }
 

@@ -499,7 +499,7 @@ def refuses(argv, capsys, code=2):
     (["--length", "50000"], "the validation split has 49999 tokens, fewer than one sequence of 50000"),
     (["--micro", "3"], "--batch 16 is not a multiple of --micro 3"),
     (["--device", "tpu"], "choose auto, cpu, cuda or mps"),
-    (["--precision", "fp8"], "choose auto, fp32 or bf16"),
+    (["--precision", "fp8"], "choose auto, fp32, bf16, nvfp4"),
     (["--warmup", "2"], "shares between 0 and 1"),
     (["--steps", "0"], "steps 0"),
     (["--data", "nowhere"], "'nowhere' is no file"),
