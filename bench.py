@@ -316,7 +316,7 @@ def memory(case, args):
 
 def model_speed(a, say=print):
     """Tokens a second of training, prefill and decoding; medians."""
-    device, cast = train.choose_device(train.Run(preset=a.preset, device=a.device), say)
+    device, cast, _ = train.choose_device(train.Run(preset=a.preset, device=a.device), say)
     model = Nemotron(Config.preset(a.preset)).to(device)
     for m in model.modules():
         if hasattr(m, "fast"):
