@@ -253,6 +253,7 @@ def main(argv=None):
     add("--stop", action="append", default=[], help="stop at this text, one token; end-of-text always stops")
     add("--prefill", type=int, default=1024, help="prompt tokens read at a time: bounds the memory")
     add("--prompt-tokens", type=int, default=0, help="repeat the prompt up to this many tokens")
+    add("--speculate", default="0", help="tokens the MTP block drafts a round; auto: what pays; 0: none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
     a = p.parse_args(argv)
@@ -280,14 +281,24 @@ def main(argv=None):
         if len(rows) == 1 and not a.prompt_tokens:
             print(prompts[0], end="", flush=True)
         how = a.temperature, a.top_p, a.top_k, a.seed, end, a.prefill
-        for token in stream(model, rows, a.max_new_tokens, *how):
-            first, n = first or time.perf_counter() - start, n + 1
-            for row, t in zip(new, token.tolist()):
-                if not (row and row[-1] in end):
-                    row.append(t)
-            if len(rows) == 1 and int(token) not in end:
-                show(int(token))
+        if a.speculate != "auto" and not a.speculate.isdecimal():
+            raise ValueError(f"--speculate {a.speculate!r}: a number of drafts, or auto")
+        d, tally = a.speculate if a.speculate == "auto" else int(a.speculate), mtp.Tally(7)
+        if d:
+            tally = mtp.Tally(7 if d == "auto" else d)
+            pieces = rounds(model, rows, a.max_new_tokens, d, *how, tally=tally)
+        else:
+            pieces = ([[t] for t in token.tolist()] for token in stream(model, rows, a.max_new_tokens, *how))
+        for some in pieces:
+            first, n = first or time.perf_counter() - start, n + max(map(len, some))
+            for row, tokens in zip(new, some):
+                for t in tokens:
+                    if not (row and row[-1] in end):
+                        row.append(t)
+                        if len(rows) == 1 and t not in end:
+                            show(t)
         show()
+        took = time.perf_counter() - start - (first or 0)
     except (ValueError, OSError) as e:
         p.error(str(e))
     print()
@@ -295,7 +306,13 @@ def main(argv=None):
         for prompt, row in zip(prompts, new):
             text = b"".join(spell(enc, t) for t in row if t not in end)
             print(f"--- {prompt!r}\n{prompt}{text.decode('utf-8', 'replace')}")
-    took = time.perf_counter() - start - (first or 0)
+    if tally.rounds:
+        begun = time.perf_counter()                                          # the same again, one at a time
+        again = sum(1 for _ in stream(model, rows, max(map(len, new)), *how[:-2], (), how[-1])) if n > 1 else 0
+        plain = (time.perf_counter() - begun - first) / max(1, again - 1)
+        print(f"[mean accepted length {tally.tokens / tally.rounds:.2f}; of the drafts reached stood "
+              + ", ".join(f"{k}: {s / r:.2f}" for k, (r, s) in enumerate(zip(tally.reached, tally.stood)) if k and r)
+              + f"; {plain * (max(map(len, new)) - 1) / took:.2f} times as fast as plain decoding]", file=sys.stderr)
     if n > 1:
         print(f"[{sum(map(len, rows)):,} prompt tokens in {first:.2f} s; "
               f"{len(rows) * (n - 1) / took:,.0f} tokens/s after]", file=sys.stderr)

@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # file: (ours it may import, lines it may have)
 HOUSE = {
-    "config": ((), 200), "mamba": ((), 270), "latent_moe": ((), 240), "mtp": ((), 160), "tokenizer": ((), 240), "checkpoint": ((), 190),
-    "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 320), "hf": (("config", "model"), 210),
-    "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model"), 250),
+    "config": ((), 200), "mamba": ((), 300), "latent_moe": ((), 240), "mtp": ((), 270), "tokenizer": ((), 240), "checkpoint": ((), 190),
+    "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 340), "hf": (("config", "model"), 210),
+    "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model", "mtp"), 380),
+    "heal": (("checkpoint", "data", "mtp", "sample"), 130),
     "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "plot", "sample"), 430),
 }
 
