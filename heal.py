@@ -59,7 +59,7 @@ def heal(model, ids, steps, lr=1e-3, batch=16, seed=0):
         sum(each).backward()
         torch.nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
         opt.step()
-        yield [float(e) for e in each]
+        yield [float(e.detach()) for e in each]
     model.requires_grad_(True)
 
 

@@ -19,10 +19,11 @@ def built(pattern="ME*-M*E", dtype=torch.float64, blocks=1, **kw):
 
 
 def agreeable(dtype=torch.float32):
-    """A model whose drafts often stand: a weak backbone and a block that repeats it."""
+    """A model whose drafts often stand: block and backbone both pass the last token's embedding on, nearly."""
     model = built(dtype=dtype)
-    for p in [p for layer in model.backbone.layers for p in layer.parameters() if p.ndim > 1]:
-        p.data *= .3
+    for p in [p for layer in [*model.backbone.layers, *model.mtp.layers] for p in layer.parameters() if p.ndim > 1]:
+        p.data *= .5
+    model.mtp.layers[0].eh_proj.weight.data = torch.eye(12, 24, dtype=dtype)
     return model
 
 
@@ -33,7 +34,7 @@ def test_greedy_is_the_plain_text_for_every_d(rows):
     for d in (1, 2, 3, 4, 5, 6, 7, "auto"):
         assert generate(model, rows, 200, speculate=d, tally=tally) == want, d
     assert generate(model, rows, 200, speculate=3, remember=False) == want
-    assert 0 < tally.stood[1] < tally.reached[1]                             # some stood, some fell
+    assert len(rows) == 1 or 0 < tally.stood[1] < tally.reached[1]           # some stood, some fell
 
 
 @settings(max_examples=15)
