@@ -173,10 +173,39 @@ class GatedNorm(nn.Module):
         return (v * self.weight).to(y.dtype)
 
 
+def write(S, x, dt, A, B):
+    """S after t more tokens and nothing else: every write fades to the end, one matmul. As ssd_recurrent's."""
+    (b, t, h, p), (g, n) = x.shape, B.shape[2:]
+    s = (dt * (A * LOG2E)).cumsum(1)                         # (b, t, h)   log decay since the first token
+    left = dt * (s[:, -1:] - s).exp2()                       # (b, t, h)   what the end still has of each write
+    u = (x * left[..., None]).unflatten(2, (g, -1)).permute(0, 2, 3, 4, 1)   # (b, g, h/g, p, t)
+    U = (u.flatten(2, 3) @ B.to(u.dtype).transpose(1, 2)).view(b, h, p, n)   # B (b, g, t, n)
+    return U if S is None else s[:, -1].exp2()[..., None, None] * S + U
+
+
+def window(seen, k, count):
+    """Of rows (b, k-1+t, w) the k-1 inputs that end with each row's own token number count (b,)."""
+    at = count[:, None] + torch.arange(k - 1, device=seen.device)
+    return seen.take_along_dim(at[..., None], 1)
+
+
 class State:
-    """What a Mamba layer remembers: conv (b, k-1, w), its last inputs; S (b, h, p, n) in fp32."""
+    """What a Mamba layer remembers: conv (b, k-1, w), its last inputs; S (b, h, p, n) in fp32.
+
+    Keys and values can be cut off; S cannot be un-written. So while `trial` holds, tokens are read and not
+    written: S stays as it is, and what they would write waits in `held` until `keep` knows which were right.
+    For Super and 8 tokens that is 26 MB in 40 layers; an S per token would be 1.3 GB.
+    """
     def __init__(self):
-        self.conv = self.S = None                                            # nothing read yet, that is zeros
+        self.conv = self.S = self.held = None                                # nothing read yet, that is zeros
+        self.trial = False
+
+    def keep(self, count):
+        """Of the tokens read on trial, writes the first count (b,). The rest is padding, found out late."""
+        (seen, x, dt, A, B), self.held, self.trial = self.held, None, False
+        t, k = x.shape[1], seen.shape[1] - x.shape[1] + 1
+        dt = dt * (torch.arange(t, device=x.device) < count[:, None])[..., None]
+        self.S, self.conv = write(self.S, x, dt, A, B), window(seen, k, count)
 
 
 class Mamba2(nn.Module):
@@ -217,13 +246,11 @@ class Mamba2(nn.Module):
         args = x, dt, -self.A_log.to(wide).exp(), B, C, self.D, cache and cache.S
         one = t == 1 and not self.fast                                       # kernels/ssd.py knows one token itself
         y, S = ssd_recurrent(*args) if one else ssd_chunked(*args, chunk=self.chunk, fast=self.fast)
-        if cache is not None:
-            cache.S, k = S, self.conv1d.weight.shape[-1]
-            if count is None:
-                cache.conv = seen[:, t:].clone()                             # (b, k-1, w)   no view of all
-            else:                                                            # the last k-1 of each row's own
-                at = count[:, None] + torch.arange(k - 1, device=u.device)
-                cache.conv = seen.take_along_dim(at[..., None], 1)
+        if cache is not None and cache.trial:
+            cache.held = seen, x, dt, args[2], B                             # State.keep writes it, or a part
+        elif cache is not None:
+            cache.S, k = S, self.conv1d.weight.shape[-1]                     # (b, k-1, w)   no view of all
+            cache.conv = seen[:, t:].clone() if count is None else window(seen, k, count)
         return self.out_proj(self.norm(y.flatten(2), z))
 
 

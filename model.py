@@ -48,7 +48,8 @@ class KV:
         if isinstance(n, int):
             self.used -= n
         else:
-            self.even = False
+            self.used = int(self.length.max())
+            self.even = bool((self.length == self.used).all())
 
     def append(self, k, v, count=None):
         """Adds t tokens a row, count (b,) of them real -> all keys, all values, where the t tokens begin."""
@@ -143,6 +144,23 @@ class Cache:
     def __init__(self, pattern, batch):
         kinds = {"M": State, "*": KV}
         self.batch, self.layers = batch, [kinds.get(letter, lambda: None)() for letter in pattern]
+        self.last = {}                                   # of an MTP cache with several blocks, see mtp.follow
+
+    def trial(self):
+        """The next call reads on trial: what it reads counts only as far as `keep` then says."""
+        for layer in self.layers:
+            if isinstance(layer, State):
+                layer.trial = True
+
+    def keep(self, count, t):
+        """Of the t tokens just read on trial, the first count (b,) of each row stay. Now the cache is, tensor
+        by tensor, as if it had never seen the others."""
+        same = bool((count == count[0]).all())
+        for layer in self.layers:
+            if isinstance(layer, State):
+                layer.keep(count)
+            elif layer is not None:
+                layer.drop(t - int(count[0]) if same else t - count)
 
 
 class Nemotron(nn.Module):
@@ -182,6 +200,11 @@ class Nemotron(nn.Module):
 
     def new_cache(self, batch):
         return Cache(self.config.hybrid_override_pattern, batch)
+
+    def new_draft_cache(self, batch):
+        """The MTP block's own, one part for each stored block."""
+        c = self.config
+        return Cache(c.mtp_hybrid_override_pattern * c.num_nextn_predict_layers, batch)
 
 
 def paths(model, fast=False, experts="latent_moe.grouped_mm"):

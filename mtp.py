@@ -26,6 +26,8 @@ Not here  what a block is: `make_block` comes from the caller, so this file teac
 Sources   arXiv:2604.12374 section 2.1.2; arXiv:2412.19437 section 2.2; names and order [e ; h]: the release
 Departs   from DeepSeek-V3's text, which writes [h ; e] and gives every depth its own weights
 """
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -96,6 +98,111 @@ def counts(mask, depths):
         mask = roll(mask)
         left.append(int(mask.sum()))
     return left
+
+
+# ---- the same block as a drafter
+
+def follow(mtp, cache, h, e, count=None):
+    """Reads what has been accepted: states h and the embeddings e of the tokens after them, (b, t, d), count
+    (b,) of them real -> h^(1) after each row's last one, (b, 1, d).
+
+    One cache serves every draft: the keys of depth 1, over the whole text. A second stored block has its own
+    keys, of its own depth: its states are those the block before it made, one token earlier.
+    """
+    b, t, _ = h.shape
+    end = torch.full((b,), t, device=h.device) if count is None else count
+    x = h
+    for k in range(1, len(mtp.layers) // mtp.size + 1):
+        x = mtp(x, e, k, cache.layers, count)
+        last = x[torch.arange(b, device=h.device), (end - 1).clamp(min=0)][:, None]
+        before = cache.last.get(k, x[:, :1])
+        cache.last[k] = torch.where((end > 0)[:, None, None], last, before)
+        x = torch.cat([before, x[:, :-1]], 1)
+    return cache.last[1]
+
+
+def draft(mtp, x, d, embed, head, pick, cache=None):
+    """d tokens from h^(1), x (b, 1, d): the block's own output and its own guess go in again, whatever d is.
+
+    pick(logits (b, v)) -> tokens (b,), their distribution (b, v) or None. Drafts are read into a copy of the
+    cache that is then forgotten; what they wrote into shared buffers lies beyond every row's length. Without
+    a cache the block attends to the current position only: cheaper, and not what it was trained for.
+    Returns drafts (b, d) and the distributions (b, d, v), or None.
+    """
+    scratch, drafts, q = cache and [copy.copy(layer) for layer in cache.layers], [], []
+    for k in range(1, d + 1):
+        token, of = pick(head(x)[:, -1])
+        drafts.append(token)
+        q.append(of)
+        if k < d:
+            x = mtp(x, embed(token[:, None]), k + 1, scratch)
+    return torch.stack(drafts, 1), None if q[0] is None else torch.stack(q, 1)
+
+
+def match(drafts, best):
+    """Greedy: how many drafts (b, d) are what the model itself says, best (b, d+1), and what it says next."""
+    n = (drafts == best[:, :-1]).long().cumprod(1).sum(1)
+    return n, best.gather(1, n[:, None])[:, 0]
+
+
+def accept(drafts, q, p, generator=None):
+    """Sampling: how many drafts stand, and the token after them, such that the text is distributed as if drawn
+    from p alone. drafts (b, d) were drawn from q (b, d, v); p (b, d+1, v) -> n (b,), tokens (b,)
+
+    Draft x stands with probability min(1, p(x) / q(x)). In place of the first that falls comes a draw from
+    max(p - q, 0), normalised: exactly the mass of p that the standing drafts leave out. If none falls, q is 0
+    behind the last, and that draw is the free one from p.
+    """
+    px, qx = (v.gather(2, drafts[..., None])[..., 0] for v in (p[:, :-1], q))
+    u = torch.rand(px.shape, device=p.device, dtype=p.dtype, generator=generator)
+    n = (u * qx < px).long().cumprod(1).sum(1)
+    row = torch.arange(len(p), device=p.device)
+    there = p[row, n]
+    rest = (there - F.pad(q, (0, 0, 0, 1))[row, n]).clamp(min=0)
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, there)           # p = q up to rounding
+    return n, torch.multinomial(rest, 1, generator=generator)[:, 0]
+
+
+class Tally:
+    """What drafting achieved: rounds that tried draft k, how often it was reached and stood, and seconds.
+
+    `choose` is --speculate auto: the d with the most tokens a second, tokens 1 + a_1 + a_1 a_2 + ... from the
+    measured rates a_k, seconds from the quickest rounds, a straight line between the d that were tried.
+    """
+    def __init__(self, most=7):
+        self.most, self.reached, self.stood = most, [0] * (most + 1), [0] * (most + 1)
+        self.rounds, self.tokens, self.seconds = 0, 0, {}
+
+    def note(self, d, n, seconds):
+        """A round of d drafts, of which n (a list, one a row) stood."""
+        for got in n:
+            for k in range(1, d + 1):
+                self.reached[k] += got >= k - 1
+                self.stood[k] += got >= k
+        self.rounds, self.tokens = self.rounds + len(n), self.tokens + sum(n) + len(n)
+        self.seconds.setdefault(d, []).append(seconds)
+
+    def rate(self, k):
+        """Of the drafts k whose forerunners stood, the share that stood too; before any: a half."""
+        return (self.stood[k] + .5) / (self.reached[k] + 1)
+
+    def tokens_expected(self, d):
+        total, p = 1.0, 1.0
+        for k in range(1, d + 1):
+            p *= self.rate(k)
+            total += p
+        return total
+
+    def choose(self):
+        """Tries both ends of the range first, and one of them again in every 32nd round."""
+        done = sum(map(len, self.seconds.values()))
+        if done < 6 or done % 32 == 0:
+            return self.most if done % 2 == 0 and done < 6 else done // 32 % self.most + 1
+        cost = {d: sorted(s[-9:])[len(s[-9:]) // 2] for d, s in self.seconds.items()}
+        low, high = min(cost), max(cost)
+        slope = (cost[high] - cost[low]) / max(1, high - low)
+        return max(range(1, self.most + 1), key=lambda d: self.tokens_expected(d)
+                   / cost.get(d, cost[low] + (d - low) * slope))
 
 
 def main():

@@ -26,6 +26,7 @@ import torch
 import checkpoint
 import data
 import hf
+import mtp
 from model import Config, Nemotron, paths
 
 
@@ -61,6 +62,11 @@ def probabilities(logits, temperature=1.0, top_p=1.0, top_k=0):
 def read(model, cache, rows, prefill=1024):
     """Feeds rows (lists of ids, lengths may differ) into an empty cache, `prefill` tokens at a time -> logits
     (b, v) after each row's own last token, and only those: the head runs on b states, not on all of them."""
+    return model.logits(read_states(model, cache, rows, prefill))
+
+
+def read_states(model, cache, rows, prefill=1024, drafts=None):
+    """The states (b, d) behind those logits. drafts: the MTP block's cache, which reads along one token behind."""
     device = model.lm_head.weight.device
     length = torch.tensor([len(r) for r in rows])
     padded = torch.zeros(len(rows), int(length.max()), dtype=torch.long)
@@ -71,15 +77,17 @@ def read(model, cache, rows, prefill=1024):
         ids = padded[:, i:i + prefill].to(device)
         count = (length - i).clamp(0, ids.shape[1]).to(device)
         h = model.hidden(ids, cache, None if even else count)                # (b, t, d)
+        if drafts and (told := padded[:, i + 1:i + prefill + 1].to(device)).shape[1]:
+            known = (length - 1 - i).clamp(0, told.shape[1]).to(device)      # the last token's next is not
+            mtp.follow(model.mtp, drafts, h[:, :told.shape[1]], model.backbone.embeddings(told),
+                       None if even else known)
         end = h[torch.arange(len(h), device=device), (count - 1).clamp(min=0)]
         last = end if last is None else torch.where(count[:, None] > 0, end, last)
-    return model.logits(last)
+    return last
 
 
-@torch.no_grad()
-def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=None, stop=(), prefill=1024):
-    """Yields one token a row, (b,) ids on the CPU, until every row has stopped or max_new_tokens are out. A
-    stopped row goes on repeating its stop token. seed makes the draw reproducible, on one kind of device."""
+def check(model, rows, max_new_tokens, temperature, top_p, top_k, prefill):
+    """Raises for what makes no sense."""
     if not rows or min(len(r) for r in rows) == 0:
         raise ValueError("a prompt needs at least one token: start an empty one with the end-of-text token")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 0:
@@ -90,6 +98,12 @@ def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=
     vocab = model.config.vocab_size
     if wrong := [i for r in rows for i in r if not 0 <= i < vocab]:
         raise ValueError(f"token {wrong[0]} is not in the model's vocabulary of {vocab}")
+
+@torch.no_grad()
+def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=None, stop=(), prefill=1024):
+    """Yields one token a row, (b,) ids on the CPU, until every row has stopped or max_new_tokens are out. A
+    stopped row goes on repeating its stop token. seed makes the draw reproducible, on one kind of device."""
+    check(model, rows, max_new_tokens, temperature, top_p, top_k, prefill)
     device = model.lm_head.weight.device
     g = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.new_cache(len(rows))
@@ -105,15 +119,86 @@ def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=
             return
 
 
+@torch.no_grad()
+def rounds(model, rows, max_new_tokens, speculate, temperature=0, top_p=1.0, top_k=0, seed=None, stop=(),
+           prefill=1024, tally=None, remember=True):
+    """Speculative decoding: yields, round by round, what each row got, a list of lists, rows cut after their
+    stop token. The text is the one `stream` gives (greedy), or one of its distribution; only sooner.
+
+    speculate: how many tokens the MTP block drafts, 1 ... 7 or more, or "auto". Each round:
+    1. draft    the MTP block reads what was accepted, then drafts d tokens                        mtp.draft
+    2. verify   one pass of the model over [last token, drafts], on trial            mtp.match or mtp.accept
+    3. keep     the cache forgets the drafts that fell; rows may keep different numbers           Cache.keep
+    remember=False drafts without a cache. With auto, a seed does not fix the text: d follows the clock.
+    """
+    check(model, rows, max_new_tokens, temperature, top_p, top_k, prefill)
+    if model.mtp is None:
+        raise ValueError(f"speculate={speculate}: this model has no MTP block to draft with")
+    if speculate != "auto" and not (isinstance(speculate, int) and speculate >= 1):
+        raise ValueError(f"speculate={speculate!r}: a number of drafts, at least 1, or 'auto'")
+    device, embed, head = model.lm_head.weight.device, model.backbone.embeddings, model.logits
+    g = None if seed is None else torch.Generator(device).manual_seed(seed)
+    tally = tally or mtp.Tally(7 if speculate == "auto" else speculate)
+    cache, drafting = model.new_cache(len(rows)), model.new_draft_cache(len(rows)) if remember else None
+    def spread(logits):                                                      # (b, t, v) -> (b, t, v)
+        return probabilities(logits.flatten(0, 1), temperature, top_p, top_k).view_as(logits)
+    def pick(logits):
+        if temperature == 0:
+            return logits.argmax(-1), None
+        q = probabilities(logits, temperature, top_p, top_k)
+        return torch.multinomial(q, 1, generator=g)[:, 0], q
+    left, done = [max_new_tokens] * len(rows), [max_new_tokens == 0] * len(rows)
+    def take(row, tokens):                                                   # what of them the row still wants
+        tokens = tokens[:0 if done[row] else left[row]]
+        end = next((i + 1 for i, t in enumerate(tokens) if t in stop), None)
+        left[row] -= len(tokens[:end])
+        done[row] = done[row] or end is not None or left[row] == 0
+        return tokens[:end]
+    if all(done):
+        return
+    h = read_states(model, cache, rows, prefill, drafting)[:, None]          # (b, 1, d)
+    token, _ = pick(head(h)[:, -1])
+    told, count = token[:, None], None
+    yield [take(i, [t]) for i, t in enumerate(token.tolist())]
+    while not all(done):
+        start, d = time.perf_counter(), tally.choose() if speculate == "auto" else speculate
+        end = torch.full_like(token, told.shape[1]) if count is None else count
+        if drafting:
+            x = mtp.follow(model.mtp, drafting, h, embed(told), count)
+        else:
+            at = torch.arange(len(h), device=device), (end - 1).clamp(min=0)
+            x = model.mtp(h[at][:, None], embed(told[at][:, None]))
+        drafts, q = mtp.draft(model.mtp, x, d, embed, head, pick, drafting)
+        cache.trial()
+        h = model.hidden(torch.cat([token[:, None], drafts], 1), cache)      # (b, d+1, d)
+        logits = head(h)
+        n, token = (mtp.match(drafts, logits.argmax(-1)) if temperature == 0 else
+                    mtp.accept(drafts, q, spread(logits), g))
+        over = torch.tensor(done, device=device)
+        count = torch.where(over, 0, n + 1)                                  # a finished row stands still
+        cache.keep(count, d + 1)
+        most, standing = int(count.max()), n.tolist()
+        told = torch.cat([drafts, token[:, None]], 1).scatter(1, n[:, None], token[:, None])[:, :most]
+        h, kept, count = h[:, :most], count, None if bool((count == most).all()) else count
+        tally.note(d, [m for m, o in zip(standing, done) if not o], time.perf_counter() - start)
+        yield [take(i, r[:m]) for i, (r, m) in enumerate(zip(told.tolist(), kept.tolist()))]
+
+
 def generate(model, ids, max_new_tokens, temperature=0, top_p=1.0, top_k=0, speculate=0, seed=None, stop=(),
-             prefill=1024):
+             prefill=1024, **how):
     """Prompts and what follows them. ids: a tensor (b, t), answered with one (b, t + new); or lists of
-    unequal length, answered with lists, cut after their stop token."""
-    if speculate:
-        raise ValueError(f"speculate={speculate}: drafting with the MTP block is not built yet, "
-                         "only its training loss is")
+    unequal length, answered with lists, cut after their stop token. speculate: see `rounds`."""
     rows = ids.tolist() if torch.is_tensor(ids) else [list(r) for r in ids]
-    new = list(stream(model, rows, max_new_tokens, temperature, top_p, top_k, seed, stop, prefill))
+    args = temperature, top_p, top_k, seed, stop, prefill
+    if speculate:
+        for some in rounds(model, [list(r) for r in rows], max_new_tokens, speculate, *args, **how):
+            for row, new in zip(rows, some):
+                row.extend(new)
+        if torch.is_tensor(ids):
+            long = max(map(len, rows))
+            return torch.tensor([r + r[-1:] * (long - len(r)) for r in rows]).to(ids.device)
+        return rows
+    new = list(stream(model, rows, max_new_tokens, *args))
     if torch.is_tensor(ids):
         return torch.cat([ids.cpu(), *(t[:, None] for t in new)], 1).to(ids.device)
     for i, row in enumerate(rows):
@@ -168,6 +253,7 @@ def main(argv=None):
     add("--stop", action="append", default=[], help="stop at this text, one token; end-of-text always stops")
     add("--prefill", type=int, default=1024, help="prompt tokens read at a time: bounds the memory")
     add("--prompt-tokens", type=int, default=0, help="repeat the prompt up to this many tokens")
+    add("--speculate", default="0", help="tokens the MTP block drafts a round; auto: what pays; 0: none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
     add("--fast", action="store_true", help="Triton kernels (kernels/); needs a CUDA GPU")
@@ -199,14 +285,24 @@ def main(argv=None):
         if len(rows) == 1 and not a.prompt_tokens:
             print(prompts[0], end="", flush=True)
         how = a.temperature, a.top_p, a.top_k, a.seed, end, a.prefill
-        for token in stream(model, rows, a.max_new_tokens, *how):
-            first, n = first or time.perf_counter() - start, n + 1
-            for row, t in zip(new, token.tolist()):
-                if not (row and row[-1] in end):
-                    row.append(t)
-            if len(rows) == 1 and int(token) not in end:
-                show(int(token))
+        if a.speculate != "auto" and not a.speculate.isdecimal():
+            raise ValueError(f"--speculate {a.speculate!r}: a number of drafts, or auto")
+        d, tally = a.speculate if a.speculate == "auto" else int(a.speculate), mtp.Tally(7)
+        if d:
+            tally = mtp.Tally(7 if d == "auto" else d)
+            pieces = rounds(model, rows, a.max_new_tokens, d, *how, tally=tally)
+        else:
+            pieces = ([[t] for t in token.tolist()] for token in stream(model, rows, a.max_new_tokens, *how))
+        for some in pieces:
+            first, n = first or time.perf_counter() - start, n + max(map(len, some))
+            for row, tokens in zip(new, some):
+                for t in tokens:
+                    if not (row and row[-1] in end):
+                        row.append(t)
+                        if len(rows) == 1 and t not in end:
+                            show(t)
         show()
+        took = time.perf_counter() - start - (first or 0)
     except (ValueError, OSError, ImportError) as e:
         p.error(str(e))
     print()
@@ -214,7 +310,13 @@ def main(argv=None):
         for prompt, row in zip(prompts, new):
             text = b"".join(spell(enc, t) for t in row if t not in end)
             print(f"--- {prompt!r}\n{prompt}{text.decode('utf-8', 'replace')}")
-    took = time.perf_counter() - start - (first or 0)
+    if tally.rounds:
+        begun = time.perf_counter()                                          # the same again, one at a time
+        again = sum(1 for _ in stream(model, rows, max(map(len, new)), *how[:-2], (), how[-1])) if n > 1 else 0
+        plain = (time.perf_counter() - begun - first) / max(1, again - 1)
+        print(f"[mean accepted length {tally.tokens / tally.rounds:.2f}; of the drafts reached stood "
+              + ", ".join(f"{k}: {s / r:.2f}" for k, (r, s) in enumerate(zip(tally.reached, tally.stood)) if k and r)
+              + f"; {plain * (max(map(len, new)) - 1) / took:.2f} times as fast as plain decoding]", file=sys.stderr)
     if n > 1:
         print(f"[{sum(map(len, rows)):,} prompt tokens in {first:.2f} s; "
               f"{len(rows) * (n - 1) / took:,.0f} tokens/s after]", file=sys.stderr)

@@ -15,10 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # file: (ours it may import, lines it may have)
 HOUSE = {
-    "config": ((), 200), "mamba": ((), 270), "latent_moe": ((), 240), "mtp": ((), 160), "tokenizer": ((), 240), "checkpoint": ((), 190),
-    "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 320), "hf": (("config", "model"), 210),
-    "nvfp4": ((), 520),
-    "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model"), 250),
+    "config": ((), 200), "mamba": ((), 310), "latent_moe": ((), 250), "mtp": ((), 280), "tokenizer": ((), 240),
+    "checkpoint": ((), 190), "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 360),
+    "hf": (("config", "model"), 210), "nvfp4": ((), 520), "plot": (("checkpoint",), 100),
+    "sample": (("checkpoint", "data", "hf", "model", "mtp"), 390), "heal": (("checkpoint", "data", "mtp", "sample"), 130),
     "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "nvfp4", "plot", "sample"), 450),
     "bench": (("config", "latent_moe", "mamba", "model", "mtp", "sample", "train"), 420),
 }

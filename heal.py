@@ -1,0 +1,109 @@
+"""
+Healing: after the backbone has moved with the MTP block switched off, teach the block the new backbone.
+
+Reinforcement learning trains the backbone alone. The block then drafts from states it no longer knows, and its
+drafts fall more often; the text stays right (verification sees to that), it only comes slower. So freeze all
+but the block and minimise its own loss on what the model itself now says:
+
+    prompts -> the model's own continuations, drawn at temperature 1 -> sum over depths of nll_k, block only
+
+    python heal.py --run runs/toy --out runs/healed         prints acceptance before and after
+
+Not here  how the backbone came to move; router biases stay as they are
+Sources   arXiv:2604.12374 section 3.2: frozen backbone, NLL, the final model's responses; no more is published
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import data
+import mtp
+import sample
+
+
+def prompts(tokens, n, length, seed):
+    """n windows of `length` tokens, evenly spread, the first chosen by seed.   -> (n, length)"""
+    step = (len(tokens) - length) // n
+    at = [i * step + seed * 7919 % step for i in range(n)]
+    return torch.stack([torch.as_tensor(tokens[i:i + length].astype("int64")) for i in at])
+
+
+def acceptance(model, tokens, d=7, rows=16, new=128, temperature=1.0, seed=0, remember=True):
+    """What drafting achieves on continuations of held-out text: a Tally."""
+    tally = mtp.Tally(d)
+    for _ in sample.rounds(model.eval(), prompts(tokens, rows, 64, seed).tolist(), new, d, temperature,
+                           seed=seed, tally=tally, remember=remember):
+        pass
+    return tally
+
+
+def heal(model, ids, steps, lr=1e-3, batch=16, seed=0):
+    """Trains the MTP block, and nothing else, on texts ids (n, t); yields the loss per target of each depth."""
+    model.eval().requires_grad_(False)
+    model.mtp.requires_grad_(True)
+    opt = torch.optim.AdamW(model.mtp.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    g = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * min(1, (steps - step) / (.5 * steps))
+        some = ids[torch.randint(len(ids), (batch,), generator=g)]
+        x, y = some[:, :-1], some[:, 1:]
+        mask = torch.ones_like(y, dtype=torch.bool)
+        with torch.no_grad():
+            h = model.hidden(x)                                              # no gradient reaches the backbone
+        sums = mtp.loss(model.mtp, h, y, mask, model.backbone.embeddings, model.lm_head)
+        each = [s / (n * batch) for s, n in zip(sums, mtp.counts(mask[:1], model.mtp.depths)[1:])]
+        opt.zero_grad()
+        sum(each).backward()
+        torch.nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
+        opt.step()
+        yield [float(e.detach()) for e in each]
+    model.requires_grad_(True)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Train the MTP block alone on the model's own text.",
+                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--run", default="runs/toy", help="a run folder, or one checkpoint file in it")
+    add("--out", default="runs/healed", help="the folder to write the healed model to")
+    add("--steps", type=int, default=150, help="optimiser steps")
+    add("--texts", type=int, default=96, help="texts the model writes for itself")
+    add("--length", type=int, default=128, help="tokens of a text, of which 32 are the prompt")
+    add("--lr", type=float, default=1e-3, help="learning rate, falling to zero over the second half")
+    add("--seed", type=int, default=0, help="of the prompts and of the text")
+    a = p.parse_args(argv)
+    sample.quicken()
+    try:
+        if Path(a.out).exists():
+            raise ValueError(f"{a.out} is there already: --out names a new folder")
+        if a.steps < 1 or a.texts < 1 or a.length < 40:
+            raise ValueError(f"need steps and texts >= 1 and length >= 40, not {a.steps}, {a.texts}, {a.length}")
+        saved = checkpoint.read(a.run)
+        model, enc, step = sample.load_run(a.run)
+        if model.mtp is None:
+            raise ValueError(f"{a.run} has no MTP block to heal")
+        corpus = data.corpus(saved["run"]["data"])
+        train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
+        def show(when):
+            t = acceptance(model, val, seed=a.seed)
+            print(f"{when:7} mean accepted length {t.tokens / t.rounds:.3f} of 8; by draft index "
+                  + " ".join(f"{t.stood[k] / max(1, t.reached[k]):.3f}" for k in range(1, 8)), flush=True)
+        show("before")
+        rows = prompts(train, a.texts, 32, a.seed)
+        ids = torch.cat([sample.generate(model, some, a.length - 31, 1.0, seed=a.seed + i)
+                         for i, some in enumerate(rows.split(32))])
+        for i, each in enumerate(heal(model, ids, a.steps, a.lr, seed=a.seed), 1):
+            if i % 25 == 0 or i in (1, a.steps):
+                print(f"step {i:4}  " + "  ".join(f"depth {k}: {e:.3f}" for k, e in enumerate(each, 1)), flush=True)
+        show("after")
+        checkpoint.save(Path(a.out), step, dict(saved, model=model.state_dict(), optimizer=None))
+        print(f"wrote {a.out}; sample.py --run takes it")
+    except (ValueError, OSError) as e:
+        p.error(str(e))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
