@@ -109,13 +109,14 @@ def learning_rate(t, run):
     return run.lr_min + (run.lr - run.lr_min) * (1 - math.sqrt((t - fall) / (run.steps - fall)))
 
 
-def losses(model, ids, mask=None):
-    """ids (b, t+1) -> the summed nll of depth 0 (the next token), 1, ..., K: the main and the MTP losses."""
+def losses(model, ids, mask=None, t=None):
+    """ids (b, t+1) -> the summed nll of depth 0 (the next token), 1, ..., K: the main and the MTP losses.
+    Of a slice of t tokens of a sequence, ids and mask bring the K tokens that follow its targets."""
     x, y = ids[:, :-1], ids[:, 1:]
     mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-    h = model.hidden(x)
+    h = model.hidden(x[:, :t])
     deeper = mtp.loss(model.mtp, h, y, mask, model.backbone.embeddings, model.lm_head) if model.mtp else []
-    return [mtp.nll(model.logits(h), y, mask), *deeper]
+    return [mtp.nll(model.logits(h), y[:, :t], mask[:, :t]), *deeper]
 
 
 @torch.no_grad()
@@ -175,7 +176,7 @@ def backward(model, pieces, counts, run, cast):
     sums, balance = [0.0] * len(counts), 0.0
     for ids in pieces:
         with cast():
-            parts = losses(model, ids)
+            parts = losses(model, *ids) if isinstance(ids, tuple) else losses(model, ids)
         even = latent_moe.take_balance(model) / run.batch
         (sum(w * s / n for w, s, n in zip(weights, parts, counts)) + run.balance * even).backward()
         sums, balance = [a + b.item() for a, b in zip(sums, parts)], balance + torch.as_tensor(even).item()
