@@ -24,41 +24,30 @@ scan, attention's attend, LatentMoE's whole.
     torchrun --nproc-per-node 4 train.py --ep 2 --cp 2             one machine
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 100
              train.py --preset super --ep 8                        each of eight; restarts go on by themselves
-    torchrun --nproc-per-node 4 parallel.py --release CKPT DIR     a sharded checkpoint as released, --adopt: back
 
 Letters   N ranks  b batch  T time  t its slice on one rank  h heads  p head dim  g groups  n state  E experts
-Not here  tensor and pipeline parallelism: not needed to fit; what fits, and its traffic: dryrun.py
+Not here  tensor and pipeline parallelism: not needed to fit. Checkpoints: shards.py; what fits: dryrun.py
 Sources   PyTorch's fully_shard, DeviceMesh and torch.distributed.checkpoint; sizes: arXiv:2604.12374
 Departs   gathers each matrix by itself, in bf16 under autocast; what is not a matrix stays in fp32 throughout
 """
-import argparse
-import json
 import os
-import shutil
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
-import hf
+import data
 import latent_moe
 import mamba
-from model import Attention, Block, Config, Nemotron, attend, init_weights
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)   # moments by parameter name, whatever the groups
-
+from model import Attention, Block, Nemotron, attend, init_weights
 
 def swap_rows(x, give, take, group):
     """give[r] rows of x go to rank r, take[r] rows come from it. Its gradient is the way back."""
@@ -125,7 +114,7 @@ class Slice:
         """Later queries see more keys. So late halves are attended by the mirror rank: equal work for all."""
         t, mirror = q.shape[2], self.size - 1 - self.rank
         def gather(x):                                                       # (b, kv, t, e) -> (b, kv, T, e)
-            x = all_gather_tensor_autograd(x.contiguous()[None], 0, self.group)
+            x = all_gather_single_autograd(x.contiguous()[None], 0, self.group)
             return x.transpose(0, 1).transpose(1, 2).flatten(2, 3)
         def trade(x):
             rows = [len(x) if r == mirror else 0 for r in range(self.size)]
@@ -166,12 +155,12 @@ class World:
         self.experts = init_device_mesh(self.device.type, (self.size // ep, ep), mesh_dim_names=("edp", "ep"))
         self.dp, self.place = self.size // cp, self.dense["dp"].get_local_rank()
         self.ep, self.slice = ep, Slice(self.dense["cp"].get_group()) if cp > 1 else None
-        self.saving = self.beside = None
 
     def model(self, config, seed=0, bf16=False, again=False):
         """A model with this rank's part of every parameter, and the numbers that one process would give it."""
         with torch.device("meta"):
             model = Nemotron(config)
+        dist.barrier()                                                       # nobody writes before all have looked
         self.shard(model, bf16, again)
         model.to_empty(device=self.device)
         init_weights(model, seed, put)
@@ -241,88 +230,27 @@ class World:
         dist.all_reduce(x)
         return x.tolist()
 
-    def count(self, model):
-        """Loads over the global batch, for update_bias."""
-        for moe in latent_moe.layers(model):
-            dist.all_reduce(moe.load)
-
     def clip(self, params, largest):
-        """clip_grad_norm_ over both grids: a norm for each, then the norm of these."""
-        grids = {}
-        for p in params:
-            if p.grad is not None:
-                grids.setdefault(p.device_mesh, []).append(p.grad)
-        norms = [torch.nn.utils.get_total_norm(grads).full_tensor() for grads in grids.values()]
-        norm = torch.stack(norms).norm()
-        for p in params:
-            if p.grad is not None:
-                local(p.grad).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        """clip_grad_norm_ for both grids: every number of the gradient is held by one rank, so squares add up."""
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]).square().sum()
+        dist.all_reduce(norm)
+        norm = norm.sqrt()
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    # 5. Checkpoints: a folder a step, whole once it has its .metadata, which is written last
-
-    def save(self, folder, step, model, opt, extra, keep=0):
-        """Copies the parts and returns; they are written meanwhile. The one before is whole by then."""
-        self.finish()
-        path = folder / "ckpt" / f"step-{step:08d}"
-        if self.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)                          # a step that was cut off
-            for old in whole(folder)[:-keep] if keep else []:
-                shutil.rmtree(old)
-            path.mkdir(parents=True)
-            checkpoint.store(path / "run.pt", extra)
-        dist.barrier()
-        weights, moments = get_state_dict(model, opt, options=FLAT)
-        self.beside = self.beside or dist.new_group(backend="gloo")          # its messages must not mix with ours
-        self.saving = dcp.async_save(dict(model=weights, optim=moments), checkpoint_id=path,
-                                     process_group=self.beside)
-
-    def finish(self):
-        """Waits for the checkpoint that is being written."""
-        if self.saving:
-            self.saving.result()
-            self.saving = None
-            dist.barrier()
-
-    def load(self, path, model, opt):
-        """Any number of ranks reads what any other has written."""
-        weights, moments = get_state_dict(model, opt, options=FLAT)
-        dcp.load(dict(model=weights, optim=moments), checkpoint_id=path)
-        set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=moments, options=FLAT)
-
-    # 6. The released layout: an expert is a tensor there, and a row of a stack here
-
-    def released(self, model):
-        """{released name: my part of it}, views of the model: what is read into them is read into the model."""
-        views, rank = {}, self.experts["ep"].get_local_rank()
-        for name, p in model.state_dict().items():
-            layer, stacked, proj = name.partition(".experts.")
-            for j, v in enumerate(local(p) if stacked else ()):
-                v = DTensor.from_local(v, self.experts["edp"], [Shard(0)], run_check=False)
-                views[f"{layer}.experts.{rank * len(local(p)) + j}.{proj}.weight"] = v
-            views |= {} if stacked else {name: p}
-        return views
-
-    def adopt(self, dir, model):
-        """Reads a released checkpoint into a sharded model: every rank its part and no more."""
-        hf.skeleton(*hf.survey(dir))                                         # all tensors, and of these shapes
-        dcp.load(self.released(model), storage_reader=dcp.HuggingFaceStorageReader(str(dir)))
-
-    def release(self, model, dir, shard_bytes=5e9):
-        """Writes a sharded model as released: files of about shard_bytes, joined from all ranks' parts."""
-        files, filled = {}, 0
-        for name, shape in hf.census(model.config).items():
-            filled += 4 * torch.Size(shape).numel()
-            files[name] = 1 + int(filled // shard_bytes)
-        dcp.save(self.released(model), storage_writer=dcp.HuggingFaceStorageWriter(
-            str(dir), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True))
-        if self.rank == 0:
-            (Path(dir) / "config.json").write_text(json.dumps(model.config.to_hf(), indent=1))
-
-
-def whole(folder):
-    """Every finished sharded checkpoint of a run, oldest first."""
-    return sorted(p.parent for p in (Path(folder) / "ckpt").glob("step-*/.metadata"))
+    def step(self, model, tokens, step, run, cast, micro, backward):
+        """Gradients of the global batch, clipped -> nats of each depth, balance, norm. Loads of all are noted."""
+        T = run.short if run.short and step % 2 == 0 else run.length         # the long-context stage alternates
+        depths = model.mtp.depths if model.mtp else 0
+        counts = [run.batch * (T - k) for k in range(depths + 1)]
+        ids = data.batch(tokens, run.seed, step, run.batch, T + 1, self.place, self.dp).to(self.device)
+        pieces = [self.rows(piece, depths) for piece in ids.split(micro)]
+        nats, balance = backward(model, pieces, counts, run, cast)
+        *nats, balance = self.total([*nats, balance])
+        for moe in latent_moe.layers(model):
+            dist.all_reduce(moe.load)
+        return nats, balance, float(self.clip(list(model.parameters()), run.clip))
 
 
 def start(ep=1, cp=1):
@@ -332,3 +260,12 @@ def start(ep=1, cp=1):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return World(ep, cp, device)
+
+
+def run(run, fit, say):
+    """train.fit as one of the ranks. After a restart by torchrun it goes on from the last whole checkpoint."""
+    world = start(run.ep, run.cp)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    fit(replace(run, resume=run.resume or again), say if world.rank == 0 else lambda line: None, world)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -52,7 +52,9 @@ def steps(model, opt, world, n, first=0, counts=None):
         nats, even = train.backward(model, pieces, counts, RUN, nullcontext)
         if world:
             *nats, even = world.total([*nats, even])
-            world.count(model)
+            if noted:
+                for moe in latent_moe.layers(model):
+                    dist.all_reduce(moe.load)
         grads = grads or {k: whole(p.grad).clone() for k, p in model.named_parameters()}
         norm = world.clip(list(model.parameters()), 1.0) if world else torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
