@@ -17,6 +17,7 @@ Sources   torch.distributed.checkpoint; the released layout: hf.py
 """
 import argparse
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -41,10 +42,12 @@ def whole(folder):
 
 
 def newest(folder, step=0):
-    """The newest finished checkpoint of a run, or that of `step`; None if there is none at all."""
+    """The newest finished checkpoint of a run, or that of `step`; None if there is none yet."""
     done = {int(p.name.split("-")[1]): p for p in whole(folder)}
     if step and step not in done:
         raise ValueError(f"{folder} has no whole checkpoint of step {step}; there are {sorted(done) or '(none)'}")
+    if not done and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):    # a restart starts from the start
+        raise ValueError(f"{folder} holds no whole sharded checkpoint (ckpt/step-*/.metadata)")
     return done[step or max(done)] if done else None
 
 

@@ -93,7 +93,6 @@ class Run:
     dry_run: bool = knob(False, "no training: one rank's memory, traffic and time, worked out on this machine")
     world: int = knob(64, "of the dry run: how many ranks")
     gpu: str = knob("h100", "of the dry run: h100 | b200")
-    quick: bool = knob(False, "of the dry run: by arithmetic alone, in seconds")
     layers: int = knob(0, "of the dry run: go through this many layers only and extrapolate; 0: all")
     prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
 
@@ -436,7 +435,8 @@ def cli(argv=None):
         say = lambda line: print(line, flush=True)
         if run.dry_run:
             import dryrun
-            dryrun.predict(run, say)
+            config = configure(run, Config.preset(run.preset).vocab_size)
+            dryrun.predict(run, say, config, optimiser, losses)
         elif "TORCHELASTIC_RUN_ID" in os.environ:                            # torchrun started this process
             import parallel
             parallel.run(run, fit, say)

@@ -18,7 +18,9 @@ HOUSE = {
     "config": ((), 200), "mamba": ((), 270), "latent_moe": ((), 240), "mtp": ((), 160), "tokenizer": ((), 240), "checkpoint": ((), 190),
     "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 320), "hf": (("config", "model"), 210),
     "plot": (("checkpoint",), 100), "sample": (("checkpoint", "data", "hf", "model"), 250),
-    "train": (("checkpoint", "data", "latent_moe", "mtp", "model", "plot", "sample"), 430),
+    "parallel": (("data", "latent_moe", "mamba", "model"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
+    "dryrun": (("model", "parallel"), 190),
+    "train": (("checkpoint", "data", "dryrun", "latent_moe", "mtp", "model", "parallel", "plot", "sample", "shards"), 465),
 }
 
 
