@@ -88,7 +88,7 @@ class Meter(TorchDispatchMode):
             self.flops += 2 * a.numel() * b.shape[-1]        # every row of a, or column, meets one matrix
         elif "attention" in name and "flash" in name:
             q, k = args[1:3] if "backward" in name else args[:2]
-            self.flops += (5 if "backward" in name else 2) * q.numel() * k.shape[2]      # a triangle: half of a square
+            self.flops += (5 if "backward" in name else 2) * q.numel() * k.shape[2]      # half of a square
         elif kind := next((k for k in KINDS if k in name), None):
             tensors = [t for t in pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
             largest = max((t.numel() * t.element_size() for t in tensors), default=0)
@@ -106,7 +106,7 @@ def step(run, config, optimiser, losses):
     """One real training step of rank 0 under fake tensors -> dict of what was seen."""
     bf16 = run.precision != "fp32"
     if run.batch % (run.world // run.cp):
-        raise ValueError(f"--batch {run.batch} does not divide among {run.world // run.cp} ranks with sequences of their own")
+        raise ValueError(f"--batch {run.batch} does not divide among {run.world // run.cp} groups of ranks")
     rows = min(run.micro or run.batch, run.batch * run.cp // run.world)
     world = parallel.World(run.ep, run.cp)
     with torch.device("meta"):
@@ -172,7 +172,8 @@ def predict(run, say, config, optimiser, losses):
     say(f"peak       {seen['peak'] / 1e9:.2f} GB: {'fits' if seen['peak'] < .95 * memory else 'does not fit'} "
         f"the {memory / 1e9:.0f} GB of an {run.gpu} (5 % kept free)")
     say("sent       " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sent.items()))
-    say(f"time       at least {max(compute, link):.2f} s a step: {seen['flops'] / 1e12:.1f} TFLOP take {compute:.2f} s at "
-        f"{peak_flops / 1e12:.0f} TFLOP/s; messages {link:.2f} s (NVLink {nvlink / 1e9:.0f}, network {network / 1e9:.0f} GB/s)")
+    say(f"time       at least {max(compute, link):.2f} s a step: {seen['flops'] / 1e12:.1f} TFLOP take {compute:.2f} s "
+        f"at {peak_flops / 1e12:.0f} TFLOP/s;\n           messages take {link:.2f} s "
+        f"(NVLink {nvlink / 1e9:.0f} GB/s, network {network / 1e9:.0f} GB/s)")
     say(f"           worked out in {time.perf_counter() - began:.0f} s")
     return seen

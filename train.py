@@ -280,9 +280,10 @@ def fit(run, say=print, world=None):
             raise ValueError(f"{name} {getattr(run, name)} makes no sense: " + ("shares between 0 and 1" if name in
                              ("warmup", "decay") else f"at least {least}"))
     if run.batch % (micro * ranks):
-        raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}" + f" x {ranks} ranks" * (ranks > 1))
+        raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}"
+                         + f" x {ranks} ranks" * (ranks > 1))
     if not world and (run.ep, run.cp, run.recompute, run.short) != (1, 1, False, 0):
-        raise ValueError("--ep, --cp, --recompute and --short want many ranks: torchrun --nproc-per-node N train.py ...")
+        raise ValueError("--ep, --cp, --recompute and --short want many ranks: torchrun ... train.py ...")
     if not run.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, --name starts another")
     writer = parts = None
@@ -401,7 +402,8 @@ def fit(run, say=print, world=None):
         writer.finish()
     if start < end and first:
         plot.run(folder)
-        say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, {folder / 'ckpt'}/step-{end:08d}{'' if world else '.pt'}")
+        say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, "
+            f"{folder / 'ckpt' / f'step-{end:08d}'}{'' if world else '.pt'}")
     if end == run.steps and run.prompt and not world:
         ids, = sample.generate(model.eval(), [enc.encode_ordinary(run.prompt)], 120, 0.8, 0.95, seed=run.seed)
         text = b"".join(sample.spell(enc, i) for i in ids)
