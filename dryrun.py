@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import parallel
 from model import Nemotron
 
-GPUS = dict(h100=(80e9, 989e12, 450e9, 50e9), b200=(180e9, 2250e12, 900e9, 50e9))   # bytes, FLOP/s, NVLink, network B/s
+# bytes of memory, FLOP/s, NVLink and network in bytes/s
+GPUS = dict(h100=(80e9, 989e12, 450e9, 50e9), b200=(180e9, 2250e12, 900e9, 50e9))
 KINDS = {"all_gather": "gather", "allgather": "gather", "reduce_scatter": "reduce", "all_to_all": "all-to-all",
          "alltoall": "all-to-all", "all_reduce": "sum", "allreduce": "sum"}
 
@@ -142,7 +143,7 @@ def predict(run, say, config, optimiser, losses):
     if run.gpu not in GPUS:
         raise ValueError(f"--gpu {run.gpu!r}: choose {' or '.join(GPUS)}")
     if run.layers < 0 or 2 * run.layers > c.num_hidden_layers:
-        raise ValueError(f"--layers {run.layers}: at most half of the {c.num_hidden_layers} layers, to extrapolate from")
+        raise ValueError(f"--layers {run.layers}: at most half of the {c.num_hidden_layers} layers")
     dist.init_process_group("fake", rank=0, world_size=run.world, store=FakeStore())
     seams = torch.Tensor.bincount, parallel.exchange.__defaults__, parallel.lower_right
     try:
@@ -166,8 +167,8 @@ def predict(run, say, config, optimiser, losses):
     near = run.ep * run.cp <= 8                              # then experts' tokens stay inside a machine
     link = (sent["gather"] + sent["reduce"]) / network + sent["all-to-all"] / (nvlink if near else network)
     compute = seen["flops"] / peak_flops
-    say(f"{run.preset}: {len(c.hybrid_override_pattern)} layers, rank 0 of {run.world}, ep {run.ep}, cp {run.cp}, "
-        f"{tokens:,} tokens a step" + f"; extrapolated from {run.layers} and {2 * run.layers} layers" * bool(run.layers))
+    say(f"{run.preset}: {c.num_hidden_layers} layers, rank 0 of {run.world}, ep {run.ep}, cp {run.cp}, "
+        f"{tokens:,} tokens a step" + f"; from {run.layers} and {2 * run.layers} layers" * bool(run.layers))
     say(f"parameters {seen['parameters']:,} on this rank; with moments {seen['states'] / 1e9:.2f} GB")
     say(f"peak       {seen['peak'] / 1e9:.2f} GB: {'fits' if seen['peak'] < .95 * memory else 'does not fit'} "
         f"the {memory / 1e9:.0f} GB of an {run.gpu} (5 % kept free)")
