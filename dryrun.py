@@ -13,7 +13,7 @@ Routing is taken to be balanced. Not seen: fragmentation and the buffers of NCCL
 a flash kernel, the rest as the readable code, whose temporary tensors a fused kernel would not make.
 
     python train.py --preset super --dry-run --world 64 --ep 8 --gpu h100 --recompute --batch 64
-    ... --layers 12    that many layers and twice that many, extrapolated to all: about a minute
+    ... --layers 11    that many layers and twice that many, extrapolated to all: about a minute
 
 Not here  the values: nothing is learned. How the model is cut up: parallel.py
 Sources   dense bf16 peaks, memory and links: NVIDIA's data sheets of H100 SXM and B200
@@ -152,7 +152,11 @@ def predict(run, say, config, optimiser, losses):
         parallel.lower_right = lambda q, k, v, start, end: F.scaled_dot_product_attention(
             q, k[:, :, :end], v[:, :, :end], enable_gqa=True)
         if run.layers:                                       # a line through two depths, drawn on to the end
-            cut = lambda n: replace(c, hybrid_override_pattern=c.hybrid_override_pattern[:n])
+            kinds = Counter(c.hybrid_override_pattern)       # as many of each letter, in proportion
+            if any(k * run.layers % c.num_hidden_layers for k in kinds.values()):
+                raise ValueError(f"--layers {run.layers} cannot hold the letters in the proportions {dict(kinds)}")
+            cut = lambda n: replace(c, hybrid_override_pattern="".join(
+                x * (k * n // c.num_hidden_layers) for x, k in kinds.items()))
             a, b = (step(run, cut(n), optimiser, losses) for n in (run.layers, 2 * run.layers))
             far = (c.num_hidden_layers - run.layers) / run.layers
             seen = {k: round(a[k] + far * (b[k] - a[k])) for k in a}
