@@ -118,7 +118,7 @@ class LatentMoE(nn.Module):
         self.fc2_latent_proj = nn.Linear(latent, d, bias=False) if latent else nn.Identity()
         self.shared_experts = MLP(d, shared_hidden)
         self.register_buffer("load", torch.zeros(experts, dtype=torch.long), persistent=False)
-        self.balance = None
+        self.balance = self.whole = None                     # whole: seam, for slices of a sequence
 
     def forward(self, u):                                                    # (b, t, d) -> (b, t, d)
         return self.mix(u, *self.route(u))
@@ -132,7 +132,7 @@ class LatentMoE(nn.Module):
             gate = gate / (gate.sum(1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
             self.load += pick.flatten().bincount(minlength=len(self.load))
-            balance = sequence_balance(score.view(*u.shape[:2], -1), self.top_k)
+            balance = sequence_balance(score.view(*u.shape[:2], -1), self.top_k, self.whole)
             self.balance = balance if self.balance is None else self.balance + balance
         return pick, self.scale * gate
 
@@ -143,16 +143,19 @@ class LatentMoE(nn.Module):
         return self.fc2_latent_proj(r).view_as(u) + self.shared_experts(u)
 
 
-def sequence_balance(score, k):
+def sequence_balance(score, k, whole=None):
     """E/(k t^2) sum_e (sum_t share_te) count_e, summed over sequences; each gives 1 balanced, E/k at worst.
 
     share is the score over the sum of all E scores; count is the top-k of the scores without the bias, so
     that the two balancing forces do not answer each other.   score (b, t, E) -> scalar
+    Of a slice of the sequences: its part. whole(count, t) is then the count and length of whole ones.
     """
     b, t, E = score.shape
     share = (score / score.sum(-1, keepdim=True)).sum(1)                     # (b, E)
     pick = score.detach().topk(k).indices.flatten(1)                         # (b, t*k)
     count = torch.zeros_like(share).scatter_add_(1, pick, torch.ones_like(pick, dtype=share.dtype))
+    if whole:
+        count, t = whole(count, t)
     return E / (k * t * t) * (share * count).sum()
 
 

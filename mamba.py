@@ -227,6 +227,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.logspace(-3, -1, heads).expm1().log())     # softplus: 0.001 ... 0.1
         self.norm = GatedNorm(e, groups, eps)
         self.out_proj = nn.Linear(e, d, bias=False)
+        self.conv, self.scan = causal_conv, ssd_chunked      # seams: parallel.py's, for slices of a sequence
 
     def forward(self, u, cache=None, count=None):
         """u (b, t, d) -> (b, t, d). count (b,): of rows padded on the right, how many tokens are real."""
@@ -235,7 +236,7 @@ class Mamba2(nn.Module):
             raise ValueError("a cached call with fast=True has no gradient: put it under torch.no_grad()")
         e, w, h = self.split
         z, xBC, dt = self.in_proj(u).split(self.split, -1)
-        xBC, seen = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, cache and cache.conv, self.fast)
+        xBC, seen = self.conv(xBC, self.conv1d.weight, self.conv1d.bias, cache and cache.conv, fast=self.fast)
         x, B, C = xBC.split([e, (w - e) // 2, (w - e) // 2], -1)
         x = x.unflatten(-1, (h, -1))                                         # (b, t, h, p)
         B, C = (v.unflatten(-1, (self.groups, -1)) for v in (B, C))          # (b, t, g, n)
@@ -245,7 +246,7 @@ class Mamba2(nn.Module):
             dt = dt * (torch.arange(t, device=u.device) < count[:, None])[..., None]
         args = x, dt, -self.A_log.to(wide).exp(), B, C, self.D, cache and cache.S
         one = t == 1 and not self.fast                                       # kernels/ssd.py knows one token itself
-        y, S = ssd_recurrent(*args) if one else ssd_chunked(*args, chunk=self.chunk, fast=self.fast)
+        y, S = ssd_recurrent(*args) if one else self.scan(*args, chunk=self.chunk, fast=self.fast)
         if cache is not None and cache.trial:
             cache.held = seen, x, dt, args[2], B                             # State.keep writes it, or a part
         elif cache is not None:

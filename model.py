@@ -102,11 +102,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, d, bias=False)
+        self.attend = attend                             # seam: parallel.py's, for slices of a sequence
 
     def forward(self, u, cache=None, count=None):                            # (b, t, d) -> (b, t, d)
         q, k, v = (proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (b, h or kv heads, t, e)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = attend(q, *((k, v, 0) if cache is None else cache.append(k, v, count)))
+        y = self.attend(q, *((k, v, 0) if cache is None else cache.append(k, v, count)))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -232,13 +233,13 @@ def paths(model, fast=False, experts="latent_moe.grouped_mm"):
 
 
 @torch.no_grad()
-def init_weights(model, seed=0):
+def init_weights(model, seed=0, put=torch.Tensor.copy_):
     """Writes every parameter as pre-training did (section 1.6 of the report's code), zeroes router biases.
 
     N(0, std) for matrices, divided by sqrt(layers) where they write into the residual stream; dt log-uniform
     in [time_step_min, time_step_max]; A uniform in (1, 16). Each tensor has its own generator, seeded by its
     name, so the numbers depend neither on the device nor on which other tensors exist. Works on a model moved
-    from the meta device.
+    from the meta device; put(p, w) writes w into p, or only the part of it that p holds.
     """
     c = model.config
     for name, p in model.state_dict().items():
@@ -260,7 +261,7 @@ def init_weights(model, seed=0):
             into_residual = kind in ("o_proj", "out_proj", "down_proj", "fc2_latent_proj")
             w = torch.randn(p.shape, generator=g)
             w *= c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1)
-        p.copy_(w)
+        put(p, w)
     for m in model.modules():
         if isinstance(m, LatentMoE):
             m.load.zero_()

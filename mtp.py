@@ -82,12 +82,13 @@ def loss(mtp, h, targets, mask, embed, head, fast=False):
     """The summed loss of every depth: [depth 1, ..., depth K]. Divide each by its own targets, see `counts`.
 
     h (b, t, d) the backbone's states   targets (b, t) the tokens t+1   mask (b, t) bool, which targets count
+    Of a slice of a sequence, targets and mask may be longer than t: they bring what follows the slice.
     """
-    sums = []
+    sums, t = [], h.shape[1]
     for k in range(1, mtp.depths + 1):
-        h = mtp(h, embed(targets), k)                                        # told token t+k ...
+        h = mtp(h, embed(targets[:, :t]), k)                                        # told token t+k ...
         targets, mask = roll(targets), roll(mask)
-        sums.append(nll(head(h), targets, mask))                             # ... asked for token t+k+1
+        sums.append(linear_nll(h, head, targets[:, :t], mask[:, :t], fast))                 # ... asked for token t+k+1
     return sums
 
 

@@ -5,6 +5,8 @@ Training: the story of a run, from a folder of text to a model, a log, a picture
     python train.py --preset small --data my.txt --batch 64   any preset, any text, the same story
     python train.py --name toy --resume --steps 600           go on, bit for bit, from the last checkpoint
     python train.py --name toy --merge 4                      average the last four checkpoints
+    torchrun --nproc-per-node 4 train.py --ep 2 --cp 2        the same run on many devices: parallel.py
+    python train.py --preset super --dry-run --world 64 --ep 8     what a rank would hold and send: dryrun.py
 
 One step minimises, over the global batch (sums divided by the global counts, however the batch is cut up),
 
@@ -18,7 +20,7 @@ then clips the gradient, steps AdamW and nudges every router's bias. The learnin
 
 Instead of falling it can stay: then the last checkpoints' average, weighted by the same curve, stands in.
 
-Not here  ranks; the FP4 recipe (nvfp4.py); document masks: a window may begin in one file and end in another
+Not here  how ranks share the work; the FP4 recipe; document masks: a window may span two files
 Sources   arXiv:2604.12374 sections 2.4 (optimiser, schedule, losses), 2.5 (merging, after arXiv:2507.17634)
 """
 import argparse
@@ -88,6 +90,14 @@ class Run:
     fast: bool = knob(False, "Triton kernels (kernels/); needs a CUDA GPU")
     diagnose: bool = knob(False, "log the shares of zero gradients, dead channels and what four bits flush to zero")
     threads: int = knob(0, "CPU threads; 0: torch's choice")
+    ep: int = knob(1, "under torchrun: ranks that share the experts")
+    cp: int = knob(1, "under torchrun: ranks that share a sequence's length")
+    recompute: bool = knob(False, "under torchrun: a layer's forward pass again for its gradient, for less memory")
+    short: int = knob(0, "under torchrun: every second batch has sequences of this length instead; 0: none has")
+    dry_run: bool = knob(False, "no training: one rank's memory, traffic and time, worked out on this machine")
+    world: int = knob(64, "of the dry run: how many ranks")
+    gpu: str = knob("h100", "of the dry run: h100 | b200")
+    layers: int = knob(0, "of the dry run: go through this many layers only and extrapolate; 0: all")
     prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
 
     def folder(self):
@@ -113,18 +123,19 @@ def learning_rate(t, run):
     return run.lr_min + (run.lr - run.lr_min) * (1 - math.sqrt((t - fall) / (run.steps - fall)))
 
 
-def losses(model, ids, mask=None):
-    """ids (b, t+1) -> the summed nll of depth 0 (the next token), 1, ..., K: the main and the MTP losses."""
+def losses(model, ids, mask=None, t=None):
+    """ids (b, t+1) -> the summed nll of depth 0 (the next token), 1, ..., K: the main and the MTP losses.
+    Of a slice of t tokens of a sequence, ids and mask bring the K tokens that follow its targets."""
     x, y = ids[:, :-1], ids[:, 1:]
     mask = torch.ones_like(y, dtype=torch.bool) if mask is None else mask
-    h = model.hidden(x)
+    h = model.hidden(x[:, :t])
     embed, head, fast = model.backbone.embeddings, model.lm_head, model.fast
     deeper = mtp.loss(model.mtp, h, y, mask, embed, head, fast) if model.mtp else []
-    return [mtp.linear_nll(h, head, y, mask, fast), *deeper]
+    return [mtp.linear_nll(h, head, y[:, :t], mask[:, :t], fast), *deeper]
 
 
 @torch.no_grad()
-def evaluate(model, tokens, run, per_id, cast):
+def evaluate(model, tokens, run, per_id, cast, world=None):
     """Always the same windows, spread evenly over the split -> nats per token, bits per byte of text."""
     device, size, t = model.lm_head.weight.device, run.micro or run.batch, run.length
     windows = max(1, min(run.eval_tokens, len(tokens) - 1) // t)
@@ -133,12 +144,13 @@ def evaluate(model, tokens, run, per_id, cast):
     model.eval()
     for i in range(0, windows, size):
         ids = torch.stack([torch.as_tensor(tokens[s:s + t + 1].astype("int64")) for s in starts[i:i + size]])
-        x, y = ids[:, :-1].to(device), ids[:, 1:]
+        y, mine = ids[:, 1:], world.rows(ids, 0)[0] if world else ids       # every rank all windows, its slice
         with cast():
-            logits = model(x)
-        nats += float(mtp.nll(logits, y.to(device), torch.ones_like(y, device=device)))
+            logits = model(mine[:, :-1].to(device))
+        nats += float(mtp.nll(logits, mine[:, 1:].to(device), torch.ones_like(mine[:, 1:], device=device)))
         count, length_in_bytes = count + y.numel(), length_in_bytes + int(per_id[y].sum())
     model.train()
+    nats = world.total([nats])[0] / world.dp if world else nats
     return nats / count, nats / math.log(2) / max(1, length_in_bytes)
 
 
@@ -190,7 +202,7 @@ def backward(model, pieces, counts, run, cast):
     sums, balance = [0.0] * len(counts), 0.0
     for ids in pieces:
         with cast():
-            parts = losses(model, ids)
+            parts = losses(model, *ids) if isinstance(ids, tuple) else losses(model, ids)
         even = latent_moe.take_balance(model) / run.batch
         (sum(w * s / n for w, s, n in zip(weights, parts, counts)) + run.balance * even).backward()
         sums, balance = [a + b.item() for a, b in zip(sums, parts)], balance + torch.as_tensor(even).item()
@@ -224,7 +236,7 @@ def describe(model, run, device, cast, say):
     for moe in latent_moe.layers(model)[:1]:
         with cast():
             kind = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
-        w = [x.detach().to(kind) for x in (moe.experts.up_proj[:1], moe.experts.down_proj[:1])]
+        w = [torch.empty(1, *p.shape[1:], dtype=kind, device=device) for p in moe.experts.parameters()]
         experts = ("F.grouped_mm" if all(latent_moe.torch_can(x, x) for x in w) else
                    f"a loop (F.grouped_mm does not take {kind} of {tuple(w[0].shape[1:])} on {device.type})")
     say("\n".join(paths(model, run.fast, experts)))
@@ -271,24 +283,38 @@ def merge(run, say=print):
     return model, results
 
 
-def fit(run, say=print):
-    """Trains (or goes on) as `run` says. Returns the model and the log: log.csv's rows, a list of dicts."""
-    folder, micro, began = run.folder(), run.micro or run.batch, time.perf_counter()
+def fit(run, say=print, world=None):
+    """Trains (or goes on) as `run` says. Returns the model and the log: log.csv's rows, a list of dicts.
+    world: the ranks this process is one of (parallel.World), or None."""
+    folder, began, ranks = run.folder(), time.perf_counter(), world.dp if world else 1
+    micro, first = run.micro or max(1, run.batch // ranks), not world or world.rank == 0
+    write = checkpoint.write if first else lambda *what: None                # rank 0 writes for all
     for name, least in dict(steps=1, batch=1, length=4, eval_every=1, eval_tokens=1, log_every=1, save_every=1, micro=0,
                             seed=0, threads=0, keep=0, stop=0, warmup=0, decay=0).items():
         if getattr(run, name) < least or name in ("warmup", "decay") and getattr(run, name) > 1:
             raise ValueError(f"{name} {getattr(run, name)} makes no sense: " + ("shares between 0 and 1" if name in
                              ("warmup", "decay") else f"at least {least}"))
-    if run.batch % micro:
-        raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}")
+    if run.batch % (micro * ranks):
+        raise ValueError(f"--batch {run.batch} is not a multiple of --micro {micro}"
+                         + f" x {ranks} ranks" * (ranks > 1))
+    if not world and (run.ep, run.cp, run.recompute, run.short) != (1, 1, False, 0):
+        raise ValueError("--ep, --cp, --recompute and --short want many ranks: torchrun ... train.py ...")
     if not run.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, --name starts another")
-    saved = checkpoint.read(folder, run.from_step) if run.resume else None
+    writer = parts = None
+    if world:                                                                # shards.py: every rank its part
+        import shards
+        writer, parts = shards.Writer(world), run.resume and shards.newest(folder, run.from_step)
+    at = folder if not world else parts and parts / "run.pt"                 # none after a restart: from the start
+    saved = checkpoint.read(at, run.from_step) if run.resume and at else None
     for k in ("preset", "model", "tokenizer") if saved else ():
         if getattr(run, k) != saved["run"][k]:
             raise ValueError(f"--{k} {getattr(run, k)!r}: this run goes on with {saved['run'][k]!r}, "
                              "--name starts another")
     device, cast, recipe = choose_device(run, say)
+    if world and (recipe or run.fast):
+        raise ValueError(f"--precision {run.precision} --fast {run.fast}: four bits and the Triton experts are for one "
+                         "process so far; under torchrun take fp32 or bf16, without --fast")
     if saved and run.precision != saved["run"]["precision"]:
         say(f"precision  {saved['run']['precision']} up to step {saved['step']}, {run.precision} from here")
 
@@ -306,21 +332,25 @@ def fit(run, say=print):
 
     # 2. The model, its optimiser, and where the run stands.
     config = Config(**saved["config"]) if saved else configure(run, data.vocab_size(enc))
-    model = Nemotron(config, run.seed).to(device)
+    bf16 = cast is not nullcontext
+    model = world.model(config, run.seed, bf16, run.recompute) if world else Nemotron(config, run.seed).to(device)
     quantise(model, recipe, run, say)
     opt = optimiser(model, run)
     start, rows, tokens_of_experts = saved["step"] if saved else 0, [], []
-    if saved:
+    if saved and world:
+        shards.load(parts, model, opt)
+    elif saved:
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
+    if saved:
         opt.param_groups[0]["weight_decay"] = run.weight_decay
         torch.set_rng_state(saved["rng"])
         rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["step"] <= start]
     describe(model, run, device, cast, say)
     (folder / "ckpt").mkdir(parents=True, exist_ok=True)
     facts = json.dumps(about(run, config, corpus, device), indent=1).encode()
-    checkpoint.write(folder / "config.json", lambda f: f.write(facts))
-    for later in checkpoint.steps(folder) if saved else ():                  # another future: kept, but set aside
+    write(folder / "config.json", lambda f: f.write(facts))
+    for later in checkpoint.steps(folder) if saved and not world else ():    # another future: kept, but set aside
         if checkpoint.number(later) > start:
             later.replace(later.with_name("left-" + later.name))
     say(f"run        {folder}: {run.steps} steps of {run.batch} x {run.length} tokens"
@@ -336,9 +366,12 @@ def fit(run, say=print):
     for step in range(start + 1, end + 1):
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, run)
-        ids = data.batch(train, run.seed, step, run.batch, run.length + 1).to(device)
-        nats, balance = backward(model, ids.split(micro), counts, run, cast)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip))
+        if world:
+            nats, balance, norm = world.step(model, train, step, run, cast, micro, backward)
+        else:
+            ids = data.batch(train, run.seed, step, run.batch, run.length + 1).to(device)
+            nats, balance = backward(model, ids.split(micro), counts, run, cast)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip))
         if not math.isfinite(norm + sum(nats)):
             kept = checkpoint.steps(folder)
             raise FloatingPointError(
@@ -357,7 +390,7 @@ def fit(run, say=print):
         if log or look:
             now = time.perf_counter()
             pace, clock, last = (now - clock) / (step - last), now, step     # seconds a step
-            rate, left = ids.shape[0] * run.length / pace, (end - step) * pace
+            rate, left = run.batch * run.length / pace, (end - step) * pace
             row = dict(step=step, tokens=step * run.batch * run.length, seconds=now - began, lr=group["lr"],
                        train_nats=nats[0], val_nats="", val_bpb="",
                        **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k}, balance=balance,
@@ -373,22 +406,30 @@ def fit(run, say=print):
                 say("           shares  " + "  ".join(f"{k} {v:.2%}" for k, v in noted.items()))
             shares, tokens_of_experts = sum(tokens_of_experts).tolist(), []
         if look:
-            row["val_nats"], row["val_bpb"] = evaluate(model, val, run, per_id, cast)
+            row["val_nats"], row["val_bpb"] = evaluate(model, val, run, per_id, cast, world)
             say(f"           validation {row['val_nats']:.4f} nats/token, {row['val_bpb']:.4f} bits/byte")
         if save:
             load = json.dumps(dict(layers=names, tokens=shares)).encode()
-            checkpoint.write(folder / "load.json", lambda f: f.write(load))
-            checkpoint.write_log(folder / "log.csv", rows)                   # before the checkpoint: it may run ahead
-            checkpoint.save(folder, step, keep=run.keep, state=dict(
-                optimizer=opt.state_dict(), rng=torch.get_rng_state(), config=asdict(config), run=asdict(run),
-                step=step, model=model.state_dict(), tokenizer=data.pack(enc), corpus_sha256=corpus.sha256))
+            write(folder / "load.json", lambda f: f.write(load))
+            if first:
+                checkpoint.write_log(folder / "log.csv", rows)               # before the checkpoint: it may run ahead
+            state = dict(rng=torch.get_rng_state(), config=asdict(config), run=asdict(run), step=step,
+                         tokenizer=data.pack(enc), corpus_sha256=corpus.sha256)
+            if world:
+                writer.save(folder, step, model, opt, state, run.keep)
+            else:
+                checkpoint.save(folder, step, keep=run.keep, state=dict(
+                    state, model=model.state_dict(), optimizer=opt.state_dict()))
         clock = time.perf_counter() if look or save else clock
 
     # 5. The picture and the sample.
-    if start < end:
+    if world:
+        writer.finish()
+    if start < end and first:
         plot.run(folder)
-        say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, {checkpoint.steps(folder)[-1]}")
-    if end == run.steps and run.prompt:
+        say(f"           {folder / 'loss.png'}, {folder / 'log.csv'}, "
+            f"{folder / 'ckpt' / f'step-{end:08d}'}{'' if world else '.pt'}")
+    if end == run.steps and run.prompt and not world:
         ids, = sample.generate(model.eval(), [enc.encode_ordinary(run.prompt)], 120, 0.8, 0.95, seed=run.seed)
         text = b"".join(sample.spell(enc, i) for i in ids)
         say("sample     (temperature 0.8, top-p 0.95)\n" + text.decode("utf-8", "replace"))
@@ -418,7 +459,16 @@ def cli(argv=None):
             run = Run(**{**old, "resume": False, "merge": 0, "stop": 0, "from_step": 0, **given})
         else:
             run = Run(**{**RECIPES.get(run.preset, {}), **given})
-        (merge if run.merge else fit)(run, say=lambda line: print(line, flush=True))
+        say = lambda line: print(line, flush=True)
+        if run.dry_run:
+            import dryrun
+            config = configure(run, Config.preset(run.preset).vocab_size)
+            dryrun.predict(run, say, config, optimiser, losses)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:                            # torchrun started this process
+            import parallel
+            parallel.run(run, fit, say)
+        else:
+            (merge if run.merge else fit)(run, say=say)
     except FloatingPointError as e:
         p.exit(1, f"{p.prog}: stopped: {e}\n")
     except (ValueError, OSError, ImportError) as e:
