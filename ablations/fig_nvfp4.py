@@ -12,7 +12,6 @@ Not here  the late effects: those runs differ after hundreds of billions of toke
 """
 import csv
 import functools
-import shutil
 import statistics
 import sys
 import tempfile
@@ -59,7 +58,8 @@ def measure():
                                 lr=4e-3, precision=precision, eval_every=STEPS, save_every=STEPS, log_every=100,
                                 eval_tokens=32768, prompt="", device="cpu", threads=1)
                 log = train.fit(run, say=lambda line: None)[1]
-                shutil.copy(run.folder() / "config.json", TABLE.with_name("config.json"))
+                facts = (run.folder() / "config.json").read_text().replace(out, "runs")
+                TABLE.with_name("config.json").write_text(facts)
             first = not TABLE.is_file()
             with open(TABLE, "a", newline="") as f:
                 table = csv.writer(f, lineterminator="\n")
