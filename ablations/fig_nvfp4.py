@@ -87,7 +87,7 @@ def draw():
     ax.set_yticks(range(len(gaps())), [VARIANTS[p] for p in gaps()])
     ax.invert_yaxis()
     ax.axvline(0, color="k", lw=.8)
-    ax.set(xlabel="validation loss above fp32's, percent (dots: seeds; whisker: standard deviation)")
+    ax.set(xlabel="validation loss above fp32's, percent (dots: seeds)")
     fig.savefig(PICTURE, dpi=120)
 
 
