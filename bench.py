@@ -37,7 +37,7 @@ import sample
 import train
 from model import PRESETS, Config, Nemotron
 
-COPY, PRODUCT = 3.0e12, 798e12                               # bytes and operations a second: one H100, measured by others
+COPY, PRODUCT = 3.0e12, 798e12                          # bytes, operations a second: one H100, measured by others
 SUPER = Config.preset("super")
 
 
@@ -53,7 +53,7 @@ class Case:
     peer: object = None                                      # a function, or the word why not
     exact: object = None
     tokens: int = 8192
-    check: int = 300                                         # tokens of the comparison with fp64: ragged, and affordable
+    check: int = 300                                     # tokens of the comparison with fp64: ragged, affordable
     back: bool = False                                       # time the backward alone
 
 
@@ -64,9 +64,12 @@ def floors(c=SUPER, t=8192):
     d, v, width = c.hidden_size, c.vocab_size, c.mamba_num_heads * c.mamba_head_dim + 2 * c.n_groups * c.ssm_state_size
     x, bc, dt, e = 2 * t * h * p, 2 * t * g * n, 4 * t * h, 2 * t * h * p
     scan = 2 * t * q * g * n + 2 * t * q * h * p + 4 * t * h * n * p
-    rows = [("ssd forward", f"t {t}", 2 * x + 2 * bc + dt, scan), ("ssd backward", f"t {t}", 3 * x + 4 * bc + 2 * dt, 2 * scan)]
-    rows += [("ssd step", f"batch {b}", b * (8 * h * p * n + 4 * h * p + 4 * g * n + 4 * h), 5 * b * h * p * n) for b in (1, 32, 64)]
-    rows += [("conv forward", f"t {t}", 4 * t * width, 8 * t * width), ("conv backward", f"t {t}", 6 * t * width, 24 * t * width),
+    rows = [("ssd forward", f"t {t}", 2 * x + 2 * bc + dt, scan),
+            ("ssd backward", f"t {t}", 3 * x + 4 * bc + 2 * dt, 2 * scan)]
+    rows += [("ssd step", f"batch {b}", b * (8 * h * p * n + 4 * h * p + 4 * g * n + 4 * h), 5 * b * h * p * n)
+             for b in (1, 32, 64)]
+    rows += [("conv forward", f"t {t}", 4 * t * width, 8 * t * width),
+             ("conv backward", f"t {t}", 6 * t * width, 24 * t * width),
              ("norm forward", f"t {t}", 3 * e, 0), ("norm backward", f"t {t}", 5 * e, 0)]
     for m in (t, 256, 1):
         used, slots = E * (1 - (1 - k / E) ** m), m * k      # experts that are read at all, on average
@@ -125,7 +128,8 @@ def cases(fast, c=SUPER, t=8192, device="cuda"):
     def routed(t, seed):
         score = rand(seed, t, E, dtype=torch.float32).sigmoid()
         gate, pick = score.topk(k)
-        return [rand(seed + 1, t, l), pick, 5 * gate / gate.sum(1, keepdim=True), rand(seed + 2, E, f, l, scale=l ** -.5),
+        return [rand(seed + 1, t, l), pick, 5 * gate / gate.sum(1, keepdim=True),
+                rand(seed + 2, E, f, l, scale=l ** -.5),
                 rand(seed + 3, E, l, f, scale=f ** -.5)]
 
     def eager(c, pick, gate, up, down):
@@ -152,7 +156,8 @@ def cases(fast, c=SUPER, t=8192, device="cuda"):
     def head(t, seed):
         r = torch.Generator(device).manual_seed(seed)
         target = torch.randint(c.vocab_size, (1, t), generator=r, device=device)
-        return [rand(seed, 1, t, c.hidden_size), rand(seed + 1, c.vocab_size, c.hidden_size, scale=c.hidden_size ** -.5),
+        return [rand(seed, 1, t, c.hidden_size),
+                rand(seed + 1, c.vocab_size, c.hidden_size, scale=c.hidden_size ** -.5),
                 target, torch.ones_like(target, dtype=torch.bool)]
 
     def with_gradients(form):
@@ -175,28 +180,34 @@ def cases(fast, c=SUPER, t=8192, device="cuda"):
 
     def one(form, x, dt, A, B, C, D, S):
         S = S.clone() if S.shape[0] == 2 else S              # the comparison keeps its state, the timing writes it
-        y = form(S, x[:, 0], dt[:, 0, :, None].expand(-1, -1, p), A[:, None, None].expand(-1, p, n), B[:, 0], C[:, 0], D[:, None].expand(-1, p))
+        wide = dt[:, 0, :, None].expand(-1, -1, p), A[:, None, None].expand(-1, p, n)
+        y = form(S, x[:, 0], *wide, B[:, 0], C[:, 0], D[:, None].expand(-1, p))
         return y[:, None], S
     peer = adapt(stranger("mamba_ssm.ops.triton.selective_state_update", "selective_state_update"), one)
     for b in (1, 32, 64):
-        yield row("ssd step", f"batch {b}", lambda t, seed, b=b: scan(1, seed, 2 if t == 2 else b, True), lambda *a: ssd_steps(*a), peer,
+        yield row("ssd step", f"batch {b}", lambda t, seed, b=b: scan(1, seed, 2 if t == 2 else b, True),
+                  lambda *a: ssd_steps(*a), peer,
                   lambda *a: mamba.ssd_recurrent(*a), tokens=1, check=2)
 
     def taps(t, seed):
-        return [rand(seed, 1, t, width), rand(seed + 1, width, 1, 4, dtype=torch.float32, scale=.5), rand(seed + 2, width, dtype=torch.float32)]
+        return [rand(seed, 1, t, width), rand(seed + 1, width, 1, 4, dtype=torch.float32, scale=.5),
+                rand(seed + 2, width, dtype=torch.float32)]
     peer = adapt(stranger("fla.modules.convolution", "causal_conv1d"),
                  lambda form, x, w, bias: (form(x, w[:, 0].to(x.dtype), bias.to(x.dtype), activation="silu")[0],))
     for name, back in (("conv forward", False), ("conv backward", True)):
         yield row(name, f"t {t}", taps, lambda *a: conv(*a)[:1], peer, lambda *a: mamba.causal_conv(*a)[:1], back=back)
 
     peer = adapt(stranger("mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn"),
-                 lambda form, y, z, w: (form(y, w, None, z=z, eps=1e-5, group_size=inner // g, norm_before_gate=False),))
+                 lambda form, y, z, w: (form(y, w, None, z=z, eps=1e-5, group_size=inner // g,
+                                             norm_before_gate=False),))
     for name, back in (("norm forward", False), ("norm backward", True)):
-        yield row(name, f"t {t}", lambda t, seed: [rand(seed, 1, t, inner), rand(seed + 1, 1, t, inner), rand(seed + 2, inner, dtype=torch.float32)],
+        yield row(name, f"t {t}", lambda t, seed: [rand(seed, 1, t, inner), rand(seed + 1, 1, t, inner),
+                                                   rand(seed + 2, inner, dtype=torch.float32)],
                   lambda *a: (gated_norm(*a, g),), peer, norm, back=back)
 
     for m in (t, 256, 1):
-        yield row("experts forward", f"t {m}", routed, lambda *a: (experts(*a),), eager, loop, tokens=m, check=min(m, 300))
+        yield row("experts forward", f"t {m}", routed, lambda *a: (experts(*a),), eager, loop, tokens=m,
+                  check=min(m, 300))
     yield row("experts backward", f"t {t}", routed, lambda *a: (experts(*a),), eager, loop, back=True)
 
     liger = stranger("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
@@ -261,10 +272,12 @@ def ceilings():
     a, b = (torch.empty(2 ** 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     copy, product = (timer(lambda i: call, 4, False) for call in (lambda: b.copy_(a), lambda: x @ y))
-    return (work / statistics.median(run() for _ in range(20)) * 1e6 for work, run in ((2 * 2 ** 30, copy), (2 * 8192 ** 3, product)))
+    works = (2 * 2 ** 30, copy), (2 * 8192 ** 3, product)
+    return (work / statistics.median(run() for _ in range(20)) * 1e6 for work, run in works)
 
 
-HEADER = f"{'kernel':17}{'shape':>10}{'ours us':>11}{'peer us':>11}{'ratio':>7}{'floor us':>10}{'% of floor':>11}   error ours / peer"
+HEADER = (f"{'kernel':17}{'shape':>10}{'ours us':>11}{'peer us':>11}{'ratio':>7}{'floor us':>10}{'% of floor':>11}"
+          "   error ours / peer")
 
 
 def kernel_table(only, rounds):
@@ -272,7 +285,8 @@ def kernel_table(only, rounds):
     torch.manual_seed(time.time_ns() % 2 ** 31)
     copy, product = ceilings()
     cache, right = torch.cuda.get_device_properties(0).L2_cache_size, True
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy / 1e12:.2f} TB/s, bf16 product {product / 1e12:.0f} T/s\n\n{HEADER}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy / 1e12:.2f} TB/s, "
+          f"bf16 product {product / 1e12:.0f} T/s\n\n{HEADER}")
     for case in cases(fast=True):
         if only not in case.name:
             continue
@@ -285,9 +299,10 @@ def kernel_table(only, rounds):
         own = sum(a.nbytes for a in first)
         copies = max(1, min(50, math.ceil(4 * cache / own)))
         inputs = [first] + [case.make(case.tokens, seed + 10 * i) for i in range(1, copies)]
-        runs = [timer(lambda i: gradients(form, inputs[i]) if case.back else lambda: form(*inputs[i]), copies, case.tokens <= 256)
+        short = case.tokens <= 256
+        runs = [timer(lambda i: gradients(form, inputs[i]) if case.back else lambda: form(*inputs[i]), copies, short)
                 for form in forms]
-        times = list(zip(*[[run() for run in runs] for _ in range(rounds)]))                # ours, peer, ours, peer, ...
+        times = list(zip(*[[run() for run in runs] for _ in range(rounds)]))            # ours, peer, ours, peer, ...
         us, least = [statistics.median(t) for t in times], floor(case.bytes, case.flops, copy, product) * 1e6
         beside = f"{us[1]:11.1f}{us[1] / us[0]:7.2f}" if peer else f"{'-':>11}{'-':>7}"
         print(f"{case.name:17}{case.shape:>10}{us[0]:11.1f}{beside}{least:10.1f}{100 * least / us[0]:10.0f}%   "
@@ -311,7 +326,8 @@ def memory(case, args):
         before = torch.cuda.memory_allocated()
         form(*args)
         peaks.append((torch.cuda.max_memory_allocated() - before) / 1e9)
-    print(f"{'':17}peak memory {peaks[0]:.2f} GB, with materialised logits {peaks[1]:.2f} GB: {peaks[1] / peaks[0]:.1f} times less")
+    print(f"{'':17}peak memory {peaks[0]:.2f} GB, with materialised logits {peaks[1]:.2f} GB: "
+          f"{peaks[1] / peaks[0]:.1f} times less")
 
 
 def model_speed(a, say=print):
@@ -321,7 +337,8 @@ def model_speed(a, say=print):
     for m in model.modules():
         if hasattr(m, "fast"):
             m.fast = a.fast
-    ids = torch.randint(model.config.vocab_size, (a.batch, a.length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    size, g = (a.batch, a.length + 1), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, size, generator=g).to(device)
     params = list(model.parameters())
 
     def step():
@@ -342,7 +359,8 @@ def model_speed(a, say=print):
     print(f"\n{a.preset}, {sum(p.numel() for p in params) / 1e6:.1f} M parameters, batch {a.batch}, length {a.length}, "
           f"{'kernels' if a.fast else 'readable forms'}")
     print(f"{'':26}{'tokens/s':>12}{'ms':>10}")
-    for what, call, tokens in (("training, no optimiser", step, a.batch * a.length), ("prefill", prefill, a.batch * a.length),
+    for what, call, tokens in (("training, no optimiser", step, a.batch * a.length),
+                               ("prefill", prefill, a.batch * a.length),
                                ("decoding, 8 steps", decode, 8 * a.batch)):
         seconds = []
         for i in range(a.rounds + 1):
@@ -356,7 +374,8 @@ def model_speed(a, say=print):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Tokens a second; every kernel against its floor and its peer.", allow_abbrev=False)
+    p = argparse.ArgumentParser(description="Tokens a second; every kernel against its floor and its peer.",
+                                allow_abbrev=False)
     p.add_argument("--kernels", action="store_true", help="time every kernel at Super's sizes: needs a CUDA GPU")
     p.add_argument("--floors", action="store_true", help="print what no kernel can beat, for --copy and --product")
     p.add_argument("--only", default="", help="kernels whose name contains this")
@@ -372,12 +391,14 @@ def main(argv=None):
     if min(a.batch, a.length, a.rounds) < 1 or min(a.copy, a.product) <= 0:
         p.error("--batch, --length, --rounds, --copy and --product begin at 1")
     if a.floors:
-        print(f"floors at {a.copy / 1e12:.2f} TB/s and {a.product / 1e12:.0f} T operations/s, Super's sizes, bf16, batch 1\n")
+        print(f"floors at {a.copy / 1e12:.2f} TB/s and {a.product / 1e12:.0f} T operations/s, Super's sizes, bf16, "
+              "batch 1\n")
         print(f"{'kernel':17}{'shape':>10}{'MB':>11}{'GFLOP':>10}{'floor us':>10}   bound by")
         for name, shape, b, f in floors():
             if a.only in name:
                 bound = "bytes" if b / a.copy > f / a.product else "matrix products"
-                print(f"{name:17}{shape:>10}{b / 1e6:11,.1f}{f / 1e9:10,.1f}{floor(b, f, a.copy, a.product) * 1e6:10,.1f}   {bound}")
+                us = floor(b, f, a.copy, a.product) * 1e6
+                print(f"{name:17}{shape:>10}{b / 1e6:11,.1f}{f / 1e9:10,.1f}{us:10,.1f}   {bound}")
     elif a.kernels:
         if not torch.cuda.is_available():
             p.error("--kernels needs a CUDA GPU, and torch sees none here; --floors shows what no kernel can beat")

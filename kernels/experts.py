@@ -110,23 +110,28 @@ def _weights(X, TOKENS, OUT, ORDER, ENDS, GATE, I, J, K_TOP, BI: tl.constexpr, B
         ok = r0 + r < end
         slot = tl.load(ORDER + r0 + r, mask=ok, other=0)
         x = tl.load(rows, mask=ok[None, :] & (i < I)[:, None], other=0.0)
-        y = tl.load(TOKENS + (slot // K_TOP).to(tl.int64)[:, None] * J + j[None, :], mask=ok[:, None] & (j < J)[None, :], other=0.0)
+        y = tl.load(TOKENS + (slot // K_TOP).to(tl.int64)[:, None] * J + j[None, :],
+                    mask=ok[:, None] & (j < J)[None, :], other=0.0)
         if WEIGH:
             x = (x.to(tl.float32) * tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)[None, :]).to(x.dtype)
         acc = tl.dot(x, y, acc, input_precision="ieee")
         rows += BR * I
     at = OUT + e.to(tl.int64) * I * J
     if TURN:
-        tl.store(at + j[:, None] * I + i[None, :], acc.T.to(OUT.dtype.element_ty), mask=(j < J)[:, None] & (i < I)[None, :])
+        tl.store(at + j[:, None] * I + i[None, :], acc.T.to(OUT.dtype.element_ty),
+                 mask=(j < J)[:, None] & (i < I)[None, :])
     else:
-        tl.store(at + i[:, None] * J + j[None, :], acc.to(OUT.dtype.element_ty), mask=(i < I)[:, None] & (j < J)[None, :])
+        tl.store(at + i[:, None] * J + j[None, :], acc.to(OUT.dtype.element_ty),
+                 mask=(i < I)[:, None] & (j < J)[None, :])
 
 
 def tiles(dtype, rows, E):
     """BM, BN, BK and the launch: see sizes above."""
     if dtype == torch.float32:
         return (64 if rows >= 64 * E else 16, 64, 32), dict(num_warps=4, num_stages=2)
-    return ((128, 128, 64), dict(num_warps=8, num_stages=4)) if rows >= 64 * E else ((16, 128, 128), dict(num_warps=4, num_stages=4))
+    if rows >= 64 * E:
+        return (128, 128, 64), dict(num_warps=8, num_stages=4)
+    return (16, 128, 128), dict(num_warps=4, num_stages=4)
 
 
 def route(pick, E, BM):
@@ -176,22 +181,25 @@ class Routed(torch.autograd.Function):
         combine(dx, where, None, dc, k)
         dup, ddown = torch.empty_like(up), torch.empty_like(down)
         B = (64, 64, 32) if c.dtype == torch.float32 else (128, 128, 64)
-        grid, how = (triton.cdiv(f, B[0]), triton.cdiv(l, B[1]), E), dict(num_warps=8, num_stages=2 if B[2] == 32 else 3)
+        grid = triton.cdiv(f, B[0]), triton.cdiv(l, B[1]), E
+        how = dict(num_warps=8, num_stages=2 if B[2] == 32 else 3)
         _weights[grid](dh, c, dup, order, ends, gate, f, l, k, *B, False, False, **how)
         _weights[grid](hid, y, ddown, order, ends, gate, f, l, k, *B, True, True, **how)
         return dc, None, dgate.sum(1).view_as(gate).to(gate.dtype), dup, ddown
 
 
-def grouped(a, w, out, notes, k, plan, gate=None, hid=None, dgate=None, GATHER=False, TURN=False, RELU2=False, BACK=False):
+def grouped(a, w, out, notes, k, plan, gate=None, hid=None, dgate=None, GATHER=False, TURN=False, RELU2=False,
+            BACK=False):
     """Launches _grouped: out (m*k, o) = a (m or m*k, i) times w[e] (o, i), or w[e] (i, o) with TURN."""
     (order, _, ends, expert, row), ((BM, BN, BK), how) = notes, plan
     E, i, o = w.shape if TURN else (w.shape[0], w.shape[2], w.shape[1])
-    _grouped[len(expert) * triton.cdiv(o, BN),](a, w, out, order, expert, row, ends, gate, hid, dgate, len(expert), i, o, E, k,
+    grid = len(expert) * triton.cdiv(o, BN),
+    _grouped[grid](a, w, out, order, expert, row, ends, gate, hid, dgate, len(expert), i, o, E, k,
                                                 BM, BN, BK, GATHER, TURN, RELU2, BACK, i % BK == 0, **how)
 
 
 def combine(x, where, gate, out, k):
-    """Launches _combine: out (m, n), each row the sum of its token's k rows of x (m*k, n), weighted unless gate is None."""
+    """Launches _combine: out (m, n), each row the sum of its token's k rows of x (m*k, n), weighted by gate."""
     m, n = out.shape
     BN = min(1024, triton.next_power_of_2(n))
     _combine[m, triton.cdiv(n, BN)](x, where, gate, out, n, k, BN, gate is not None, num_warps=4)
@@ -210,4 +218,5 @@ def experts(c, pick, gate, up, down):
                          f"up {tuple(up.shape)}, down {tuple(down.shape)} do not fit")
     if m * k >= 2 ** 31:
         raise ValueError(f"experts with fast=True numbers slots in 32 bits: {m:,} tokens of {k} experts are too many")
-    return Routed.apply(c.contiguous(), pick, gate.contiguous(), up.to(c.dtype).contiguous(), down.to(c.dtype).contiguous())
+    c, up, down = c.contiguous(), up.to(c.dtype).contiguous(), down.to(c.dtype).contiguous()
+    return Routed.apply(c, pick, gate.contiguous(), up, down)

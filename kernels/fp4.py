@@ -3,14 +3,15 @@ fp4: quantising, and products with four-bit operands. nvfp4.quantize, same bits;
 
     s = E4M3(amax_b S/6)    q = E2M1(x / (s/S))    S = 2688/amax          D = alpha sum over blocks s_a s_b (q_a . q_b)
 
-_quantize  grid (m / 32, k / 128). Reads x once, writes 4.5 bits a number: 86 MB for [8192, 4096] in bf16, the minimum
-           (or q s in bf16, for products that are emulated). x may be a transposed view: that is the column copy.
-_gemm      grid (m / BM, n / BN). NATIVE: the tensor core multiplies codes and scales itself (Blackwell, BM >= 128:
-           with 64 the compiler quietly computes in bf16). Otherwise codes become fp16 by moving their bits to fp16's
-           exponent and mantissa, exactly; even and odd columns are two products, so nothing is interleaved.
-_decode    grid (n / BN). A few tokens in bf16 times weights of 4.5 bits: bound by reading w, so 3.6 times less to read.
-numbers    scales in fp32 in nvfp4.scales' order, with divisions that round (div_rn); E4M3 and E2M1 by integer and fp32
-           arithmetic that is right on every GPU and in the interpreter; noise: given bytes, or Philox's.
+grid     _quantize (m / 32, k / 128)   _gemm (m / BM, n / BN)   _decode (n / BN)
+traffic  _quantize reads x once and writes 4.5 bits a number: 86 MB for [8192, 4096] in bf16, the minimum (or q s in
+         bf16, for products that are emulated). x may be a transposed view: that is the column copy.
+         _decode multiplies a few tokens in bf16 by weights of 4.5 bits: bound by reading w, 3.6 times less to read.
+tensor   _gemm NATIVE: the tensor core multiplies codes and scales itself (Blackwell, BM >= 128: with 64 the compiler
+cores    quietly computes in bf16). Otherwise codes become fp16 by moving their bits to fp16's exponent and mantissa,
+         exactly; even and odd columns are two products, so nothing is interleaved.
+numbers  scales in fp32 in nvfp4.scales' order, with divisions that round (div_rn); E4M3 and E2M1 by integer and fp32
+         arithmetic that is right on every GPU and in the interpreter; noise: given bytes, or Philox's.
 """
 import torch
 import torch.nn.functional as F

@@ -59,7 +59,8 @@ class LinearNLL(torch.autograd.Function):
         for i in range(0, m, rows):
             x, part = h[i:i + rows].to(dtype), slice(i, i + rows)
             z = x @ w.T
-            _nll[len(x),](z, targets[part], mask[part], each[part], v, min(4096, triton.next_power_of_2(v)), any(grad), num_warps=8)
+            _nll[len(x),](z, targets[part], mask[part], each[part], v, min(4096, triton.next_power_of_2(v)), any(grad),
+                          num_warps=8)
             if grad[0]:
                 dh[part] = z @ w
             if grad[1]:
@@ -73,19 +74,21 @@ class LinearNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, above):
         if ctx.made is None:
-            raise RuntimeError("linear_nll with fast=True hands its gradients over in one backward; this is a second one")
+            raise RuntimeError("linear_nll with fast=True hands over its gradients once: this is a second one")
         (dh, dW), ctx.made = ctx.made, None
-        return dh if dh is None else dh.mul_(above), dW if dW is None else dW.mul_(above).to(ctx.dtype), None, None, None, None
+        dh, dW = dh if dh is None else dh.mul_(above), dW if dW is None else dW.mul_(above).to(ctx.dtype)
+        return dh, dW, None, None, None, None
 
 
 def linear_nll(h, weight, targets, mask, rows=2048):
-    """mtp.nll(F.linear(h, weight), targets, mask).   h (b, t, d), weight (v, d), targets and mask (b, t) -> scalar, fp32"""
+    """mtp.nll(F.linear(h, weight), targets, mask), fp32.   h (b, t, d), weight (v, d), targets, mask (b, t)"""
     on_gpu("linear_nll", h, weight, targets, mask)
     auto = torch.is_autocast_enabled(h.device.type)
     dtype = torch.get_autocast_dtype(h.device.type) if auto else torch.promote_types(h.dtype, weight.dtype)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"linear_nll with fast=True takes fp32 or bf16, not {dtype}")
     if h.shape[:-1] != targets.shape or mask.shape != targets.shape or h.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"linear_nll: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}, "
+        raise ValueError(f"linear_nll: h {tuple(h.shape)}, weight {tuple(weight.shape)}, "
+                         f"targets {tuple(targets.shape)}, "
                          f"mask {tuple(mask.shape)} do not fit")
     return LinearNLL.apply(h.flatten(0, -2).contiguous(), weight, targets.flatten(), mask.flatten(), rows, dtype)
