@@ -23,7 +23,7 @@ scan, attention's attend, LatentMoE's whole.
 
     torchrun --nproc-per-node 4 train.py --ep 2 --cp 2             one machine
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 100
-             train.py --preset super --ep 8                        each of eight; restarts go on by themselves
+             train.py --preset super --ep 8                        each of eight; see README on restarts
 
 Letters   N ranks  b batch  T time  t its slice on one rank  h heads  p head dim  g groups  n state  E experts
 Not here  tensor and pipeline parallelism: not needed to fit. Checkpoints: shards.py; what fits: dryrun.py

@@ -5,8 +5,8 @@ Checkpoints of a model over many ranks: every rank writes its part, and any numb
                                   /__0_0.distcp    rank 0's part of the weights and of AdamW's moments
                                   /.metadata       which numbers are where: written last, so it is the commit
 
-The parts are copied, and written while training goes on. A kill at any moment leaves the folders with a
-.metadata whole, and one without, which nobody reads. Between two numbers of ranks nothing needs converting:
+The parts are copied, and written while training goes on. So a folder with a
+.metadata is meant to be whole, and one without is never read. Between two numbers of ranks nothing needs converting:
 a parameter is named, and a piece of it has its place in the whole one.
 
     torchrun --nproc-per-node 4 shards.py --release RUN/ckpt/step-00000050 DIR     as released: hf.py reads it
