@@ -22,6 +22,7 @@ Nothing in a model file knows of this. It enters by their seams: experts.exchang
 scan, attention's attend, LatentMoE's whole.
 
     torchrun --nproc-per-node 4 train.py --ep 2 --cp 2             one machine
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                    or restarted workers call on dead ones
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 100
              train.py --preset super --ep 8                        each of eight; see README on restarts
 
@@ -48,6 +49,7 @@ import data
 import latent_moe
 import mamba
 from model import Attention, Block, Nemotron, attend, init_weights
+
 
 def swap_rows(x, give, take, group):
     """give[r] rows of x go to rank r, take[r] rows come from it. Its gradient is the way back."""
@@ -255,6 +257,9 @@ class World:
 
 def start(ep=1, cp=1):
     """The World that torchrun started this process in."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+        raise ValueError("torchrun --max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
+                         "without it restarted workers read the addresses of the dead ones, and none comes up")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

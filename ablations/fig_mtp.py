@@ -30,7 +30,7 @@ import sample
 import train
 
 VARIANTS = dict(shared2=("", "shared block, 2 depths"), shared1=("mtp_num_layers=1", "shared block, 1 depth"),
-                separate2=("num_nextn_predict_layers=2", "two separate blocks"))
+                separate2=("num_nextn_predict_layers=2", "separate blocks, 2 depths"))
 
 
 def measure(path, name, seed):
