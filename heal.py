@@ -31,7 +31,7 @@ def prompts(tokens, n, length, seed):
     return torch.stack([torch.as_tensor(tokens[i:i + length].astype("int64")) for i in at])
 
 
-def acceptance(model, tokens, d=7, rows=16, new=128, temperature=1.0, seed=0, remember=True):
+def acceptance(model, tokens, d=7, rows=48, new=96, temperature=1.0, seed=0, remember=True):
     """What drafting achieves on continuations of held-out text: a Tally."""
     tally = mtp.Tally(d)
     for _ in sample.rounds(model.eval(), prompts(tokens, rows, 64, seed).tolist(), new, d, temperature,
@@ -40,7 +40,7 @@ def acceptance(model, tokens, d=7, rows=16, new=128, temperature=1.0, seed=0, re
     return tally
 
 
-def heal(model, ids, steps, lr=1e-3, batch=16, seed=0):
+def heal(model, ids, steps, lr=5e-4, batch=16, seed=0):
     """Trains the MTP block, and nothing else, on texts ids (n, t); yields the loss per target of each depth."""
     model.eval().requires_grad_(False)
     model.mtp.requires_grad_(True)
@@ -69,10 +69,10 @@ def main(argv=None):
     add = p.add_argument
     add("--run", default="runs/toy", help="a run folder, or one checkpoint file in it")
     add("--out", default="runs/healed", help="the folder to write the healed model to")
-    add("--steps", type=int, default=150, help="optimiser steps")
-    add("--texts", type=int, default=96, help="texts the model writes for itself")
+    add("--steps", type=int, default=128, help="optimiser steps")
+    add("--texts", type=int, default=1024, help="texts the model writes for itself")
     add("--length", type=int, default=128, help="tokens of a text, of which 32 are the prompt")
-    add("--lr", type=float, default=1e-3, help="learning rate, falling to zero over the second half")
+    add("--lr", type=float, default=5e-4, help="learning rate, falling to zero over the second half")
     add("--seed", type=int, default=0, help="of the prompts and of the text")
     a = p.parse_args(argv)
     sample.quicken()
@@ -94,7 +94,7 @@ def main(argv=None):
         show("before")
         rows = prompts(train, a.texts, 32, a.seed)
         ids = torch.cat([sample.generate(model, some, a.length - 31, 1.0, seed=a.seed + i)
-                         for i, some in enumerate(rows.split(32))])
+                         for i, some in enumerate(rows.split(64))])
         for i, each in enumerate(heal(model, ids, a.steps, a.lr, seed=a.seed), 1):
             if i % 25 == 0 or i in (1, a.steps):
                 print(f"step {i:4}  " + "  ".join(f"depth {k}: {e:.3f}" for k, e in enumerate(each, 1)), flush=True)

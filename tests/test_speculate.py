@@ -18,23 +18,23 @@ def built(pattern="ME*-M*E", dtype=torch.float64, blocks=1, **kw):
     return tiny(pattern, dtype, num_nextn_predict_layers=blocks, **kw)
 
 
-def agreeable(dtype=torch.float32):
+def agreeable(dtype=torch.float32, scale=.5):
     """A model whose drafts often stand: block and backbone both pass the last token's embedding on, nearly."""
     model = built(dtype=dtype)
     for p in [p for layer in [*model.backbone.layers, *model.mtp.layers] for p in layer.parameters() if p.ndim > 1]:
-        p.data *= .5
+        p.data *= scale
     model.mtp.layers[0].eh_proj.weight.data = torch.eye(12, 24, dtype=dtype)
     return model
 
 
 @pytest.mark.parametrize("rows", [prompts(5), prompts(1, 7, 4)], ids=len)
 def test_greedy_is_the_plain_text_for_every_d(rows):
-    model = agreeable()
+    model = agreeable(scale=.1)
     want, tally = generate(model, rows, 200), mtp.Tally(7)
     for d in (1, 2, 3, 4, 5, 6, 7, "auto"):
         assert generate(model, rows, 200, speculate=d, tally=tally) == want, d
     assert generate(model, rows, 200, speculate=3, remember=False) == want
-    assert len(rows) == 1 or 0 < tally.stood[1] < tally.reached[1]           # some stood, some fell
+    assert 100 < tally.stood[1] < tally.reached[1] - 100                     # many stood, many fell
 
 
 @settings(max_examples=15)
