@@ -92,7 +92,7 @@ class Run:
     threads: int = knob(0, "CPU threads; 0: torch's choice")
     ep: int = knob(1, "under torchrun: ranks that share the experts")
     cp: int = knob(1, "under torchrun: ranks that share a sequence's length")
-    recompute: bool = knob(False, "under torchrun: a layer's forward pass again for its gradient, for less memory")
+    recompute: bool = knob(False, "under torchrun: a layer's forward pass, and the logits, again for the gradient")
     short: int = knob(0, "under torchrun: every second batch has sequences of this length instead; 0: none has")
     dry_run: bool = knob(False, "no training: one rank's memory, traffic and time, worked out on this machine")
     world: int = knob(64, "of the dry run: how many ranks")

@@ -19,7 +19,7 @@ HOUSE = {
     "checkpoint": ((), 190), "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 360),
     "hf": (("config", "model"), 210), "nvfp4": ((), 520), "plot": (("checkpoint",), 100),
     "sample": (("checkpoint", "data", "hf", "model", "mtp"), 390), "heal": (("checkpoint", "data", "mtp", "sample"), 130),
-    "parallel": (("data", "latent_moe", "mamba", "model"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
+    "parallel": (("data", "latent_moe", "mamba", "model", "mtp"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
     "dryrun": (("model", "parallel"), 190),
     "train": (("checkpoint", "data", "dryrun", "latent_moe", "mtp", "model", "nvfp4", "parallel", "plot", "sample",
                "shards"), 500),
