@@ -98,6 +98,7 @@ class Run:
     world: int = knob(64, "of the dry run: how many ranks")
     gpu: str = knob("h100", "of the dry run: h100 | b200")
     layers: int = knob(0, "of the dry run: go through this many layers only and extrapolate; 0: all")
+    quick: bool = knob(False, "of the dry run: by arithmetic, without going through a step")
     prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
 
     def folder(self):
