@@ -179,7 +179,7 @@ def predict(run, say, config, optimiser, losses):
     memory, peak_flops, nvlink, network = GPUS[run.gpu]
     tokens = run.batch * run.length
     sent = {k: seen.get(k, 0) for k in ("gather", "reduce", "all-to-all", "sum")}
-    near = run.ep * run.cp <= 8                              # then experts' tokens stay inside a machine
+    near = run.ep <= 8                                       # then experts' tokens stay inside a machine
     link = (sent["gather"] + sent["reduce"]) / network + sent["all-to-all"] / (nvlink if near else network)
     compute = seen["flops"] / peak_flops
     say(f"{run.preset}: {c.num_hidden_layers} layers, rank 0 of {run.world}, ep {run.ep}, cp {run.cp}, "
