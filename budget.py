@@ -63,7 +63,7 @@ def keeps(c, letter):
         rows = 4 * k * (f + l) + 48 * k                                      # relu, its square; in and out; indices
         shared = 4 * c.moe_shared_expert_intermediate_size
         return 16 * d + rows + shared + 4 * c.n_routed_experts + 2 * l, 2 * k * f
-    return 10 * d + 4 * c.intermediate_size, 4 * d + 2 * c.intermediate_size
+    return 10 * d + 4 * c.intermediate_size, 4 * d + 6 * c.intermediate_size
 
 
 def reckon(run, c):
