@@ -13,9 +13,10 @@ Routing is taken to be balanced. Not seen: fragmentation and the buffers of NCCL
 a flash kernel, the rest as the readable code, whose temporary tensors a fused kernel would not make.
 
     python train.py --preset super --dry-run --world 64 --ep 8 --gpu h100 --recompute --batch 64
-    ... --layers 11    that many layers and twice that many, extrapolated to all: about a minute
+    ... --layers 11    that many layers and twice that many, extrapolated to all: half a minute
+    ... --quick        no step at all: budget.py's arithmetic
 
-Not here  the values: nothing is learned. How the model is cut up: parallel.py
+Not here  the values: nothing is learned. How the model is cut up: parallel.py; by arithmetic: budget.py
 Sources   dense bf16 peaks, memory and links: NVIDIA's data sheets of H100 SXM and B200
 """
 import time
@@ -32,6 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import budget
 import parallel
 from model import Nemotron
 
@@ -89,8 +91,9 @@ class Meter(TorchDispatchMode):
             self.flops += 2 * a.numel() * b.shape[-1]        # every row of a, or column, meets one matrix
         elif "attention" in name and "flash" in name:
             q, k = args[1:3] if "backward" in name else args[:2]
-            self.flops += (5 if "backward" in name else 2) * q.numel() * k.shape[2]      # half of a square
-        elif kind := next((k for k in KINDS if k in name), None):
+            sees = k.shape[2] - q.shape[2] / 2               # keys that a query meets, on average
+            self.flops += round((10 if "backward" in name else 4) * q.numel() * sees)
+        elif kind := next((k for k in KINDS if k in name and "copy" not in name), None):
             tensors = [t for t in pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
             largest = max((t.numel() * t.element_size() for t in tensors), default=0)
             self.sent[KINDS[kind]] += largest * (2 if KINDS[kind] == "sum" else 1)       # a sum: there and back
@@ -105,14 +108,11 @@ def balanced(send, group):
 
 def step(run, config, optimiser, losses):
     """One real training step of rank 0 under fake tensors -> dict of what was seen."""
-    bf16 = run.precision != "fp32"
-    if run.batch % (run.world // run.cp):
-        raise ValueError(f"--batch {run.batch} does not divide among {run.world // run.cp} groups of ranks")
     rows = min(run.micro or run.batch, run.batch * run.cp // run.world)
     world = parallel.World(run.ep, run.cp)
     with torch.device("meta"):
         model = Nemotron(config)
-    world.shard(model, bf16, run.recompute)
+    world.shard(model, True, run.recompute)
     t, depths = run.length // run.cp, config.mtp_num_layers if model.mtp else 0
     balanced.rows = rows * t * config.num_experts_per_tok
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -121,7 +121,7 @@ def step(run, config, optimiser, losses):
         ids = torch.zeros(rows, t + 1 + depths, dtype=torch.long)
         mask = torch.ones(rows, t + depths, dtype=torch.bool)
         def once():
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16):
                 parts = losses(model, ids, mask, t)
             (sum(parts) + parallel.latent_moe.take_balance(model)).backward()
             world.clip(list(model.parameters()), 1.0)
@@ -137,13 +137,8 @@ def step(run, config, optimiser, losses):
     return dict(parameters=held, states=states, peak=meter.peak, flops=meter.flops, **meter.sent)
 
 
-def predict(run, say, config, optimiser, losses):
-    """Prints what a rank holds, sends and computes in a step, and how long that takes at least."""
-    began, c = time.perf_counter(), config
-    if run.gpu not in GPUS:
-        raise ValueError(f"--gpu {run.gpu!r}: choose {' or '.join(GPUS)}")
-    if run.layers < 0 or 2 * run.layers > c.num_hidden_layers:
-        raise ValueError(f"--layers {run.layers}: at most half of the {c.num_hidden_layers} layers")
+def follow(run, c, optimiser, losses):
+    """The step of the whole model; of two depths, with --layers, a line through what was seen, drawn on."""
     dist.init_process_group("fake", rank=0, world_size=run.world, store=FakeStore())
     seams = torch.Tensor.bincount, parallel.exchange.__defaults__, parallel.lower_right
     try:
@@ -159,23 +154,42 @@ def predict(run, say, config, optimiser, losses):
                 x * (k * n // c.num_hidden_layers) for x, k in kinds.items()))
             a, b = (step(run, cut(n), optimiser, losses) for n in (run.layers, 2 * run.layers))
             far = (c.num_hidden_layers - run.layers) / run.layers
-            seen = {k: round(a[k] + far * (b[k] - a[k])) for k in a}
-        else:
-            seen = step(run, c, optimiser, losses)
+            return {k: round(a[k] + far * (b[k] - a[k])) for k in a}
+        return step(run, c, optimiser, losses)
     finally:
         torch.Tensor.bincount, parallel.exchange.__defaults__, parallel.lower_right = seams
         dist.destroy_process_group()
+
+
+def predict(run, say, config, optimiser, losses):
+    """Prints what a rank holds, sends and computes in a step, and how long that takes at least."""
+    began, c = time.perf_counter(), config
+    if run.gpu not in GPUS:
+        raise ValueError(f"--gpu {run.gpu!r}: choose {' or '.join(GPUS)}")
+    if run.layers < 0 or 2 * run.layers > c.num_hidden_layers:
+        raise ValueError(f"--layers {run.layers}: at most half of the {c.num_hidden_layers} layers")
+    for name, n in (("ep", run.ep), ("cp", run.cp)):
+        if n < 1 or run.world % n:
+            raise ValueError(f"--{name} {n} does not divide --world {run.world}")
+    if run.batch % (run.world // run.cp):
+        raise ValueError(f"--batch {run.batch} does not divide among {run.world // run.cp} groups of ranks")
+    if run.precision == "fp32":
+        raise ValueError("--precision fp32: the dry run follows bf16 products, take --precision bf16")
+    seen = budget.reckon(run, c) if run.quick else follow(run, c, optimiser, losses)
     memory, peak_flops, nvlink, network = GPUS[run.gpu]
     tokens = run.batch * run.length
     sent = {k: seen.get(k, 0) for k in ("gather", "reduce", "all-to-all", "sum")}
-    near = run.ep * run.cp <= 8                              # then experts' tokens stay inside a machine
+    near = run.ep <= 8                                       # then experts' tokens stay inside a machine
     link = (sent["gather"] + sent["reduce"]) / network + sent["all-to-all"] / (nvlink if near else network)
     compute = seen["flops"] / peak_flops
     say(f"{run.preset}: {c.num_hidden_layers} layers, rank 0 of {run.world}, ep {run.ep}, cp {run.cp}, "
-        f"{tokens:,} tokens a step" + f"; from {run.layers} and {2 * run.layers} layers" * bool(run.layers))
+        f"{tokens:,} tokens a step" + ("; by arithmetic" if run.quick else
+                                          f"; from {run.layers} and {2 * run.layers} layers" * bool(run.layers)))
     say(f"parameters {seen['parameters']:,} on this rank; with moments {seen['states'] / 1e9:.2f} GB")
     say(f"peak       {seen['peak'] / 1e9:.2f} GB: {'fits' if seen['peak'] < .95 * memory else 'does not fit'} "
         f"the {memory / 1e9:.0f} GB of an {run.gpu} (5 % kept free)")
+    if run.quick:
+        say("of it      " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in seen["parts"].items()) + ": see budget.py")
     say("sent       " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sent.items()))
     say(f"time       at least {max(compute, link):.2f} s a step: {seen['flops'] / 1e12:.1f} TFLOP take {compute:.2f} s "
         f"at {peak_flops / 1e12:.0f} TFLOP/s;\n           messages take {link:.2f} s "

@@ -124,7 +124,7 @@ class LatentMoE(nn.Module):
         return self.mix(u, *self.route(u))
 
     def route(self, u):
-        """Each token's k experts and their weights: pick, gate (m, k). Never recomputed: it counts."""
+        """Each token's k experts and their weights: pick, gate (m, k). Training, it notes them."""
         score = self.gate(u.flatten(0, 1))                                   # (m, E)
         pick = (score.detach() + self.gate.e_score_correction_bias).topk(self.top_k).indices
         gate = score.gather(1, pick)

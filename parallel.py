@@ -21,10 +21,7 @@ what comes of it is added to the outputs, y_t = y_t + exp(sum of dt A up to t) S
 Nothing in a model file knows of this. It enters by their seams: experts.exchange and .mm, mamba's conv and
 scan, attention's attend, LatentMoE's whole.
 
-    torchrun --nproc-per-node 4 train.py --ep 2 --cp 2             one machine
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                    or restarted workers call on dead ones
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 100
-             train.py --preset super --ep 8                        each of eight; see README on restarts
+    torchrun --nproc-per-node 4 train.py --ep 2 --cp 2             one machine             on several: README
 
 Letters   N ranks  b batch  T time  t its slice on one rank  h heads  p head dim  g groups  n state  E experts
 Not here  tensor and pipeline parallelism: not needed to fit. Checkpoints: shards.py; what fits: dryrun.py
@@ -32,7 +29,9 @@ Sources   PyTorch's fully_shard, DeviceMesh and torch.distributed.checkpoint; si
 Departs   gathers each matrix by itself, in bf16 under autocast; what is not a matrix stays in fp32 throughout
 """
 import os
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -48,7 +47,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 import data
 import latent_moe
 import mamba
+import mtp
 from model import Attention, Block, Nemotron, attend, init_weights
+
+ROWS = 1024                                                  # of logits at a time, with --recompute
 
 
 def swap_rows(x, give, take, group):
@@ -145,6 +147,29 @@ def put(p, w):
                    if isinstance(p, DTensor) else w)
 
 
+@contextmanager
+def unnoted(mixer):
+    """A router notes what it chose, for the optimiser step. Choosing again for the gradient must not count."""
+    notes = isinstance(mixer, latent_moe.LatentMoE) and (mixer.load.clone(), mixer.balance)
+    try:
+        yield
+    finally:                                                                 # left early, by an exception
+        if notes:
+            mixer.load, mixer.balance = notes
+
+
+def twice(f, mixer=None):
+    """f, of which only the inputs are kept: its gradient does it again."""
+    return lambda *args: recompute(f, *args, use_reentrant=False, preserve_rng_state=False,
+                                   context_fn=lambda: (nullcontext(), unnoted(mixer)))
+
+
+def nll_in_pieces(head, h, targets, mask):
+    """mtp.nll of head(h), ROWS tokens at a time: nothing else is as large as all the logits."""
+    piece = twice(lambda h, targets, mask: mtp.nll(F.linear(h, head.weight)[None], targets, mask))
+    return sum(map(piece, *(x.flatten(0, 1).split(ROWS) for x in (h, targets, mask))))
+
+
 class World:
     """The grids, and all that train.py does differently on them."""
     def __init__(self, ep=1, cp=1, device="cpu"):
@@ -169,17 +194,14 @@ class World:
         return model
 
     def shard(self, model, bf16=False, again=False):
-        """Cuts up a model on the meta device. again: do the forward pass of a layer again for its gradient."""
+        """Cuts up a model on the meta device. again: make a layer, and the logits, again for the gradient."""
         matrices = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None,
                                         cast_forward_inputs=False)
         for m in list(model.modules()):
             if isinstance(m, latent_moe.Experts):
                 self.spread(m, matrices)
-            if isinstance(m, Block) and again:                               # the router only once: it counts
-                inner, name = (m.mixer, "mix") if isinstance(m.mixer, latent_moe.LatentMoE) else (m, "forward")
-                def twice(*args, f=getattr(inner, name)):
-                    return recompute(f, *args, use_reentrant=False, preserve_rng_state=False)
-                setattr(inner, name, twice)
+            if isinstance(m, Block) and again:
+                m.forward = twice(m.forward, m.mixer)
             if self.slice and isinstance(m, mamba.Mamba2):
                 m.conv, m.scan = self.slice.conv, self.slice.scan
             if self.slice and isinstance(m, Attention):
@@ -189,6 +211,9 @@ class World:
         for m in list(model.modules()):
             if isinstance(m, nn.Linear):
                 fully_shard(m, mesh=self.flat, mp_policy=matrices)
+        if again:
+            model.lm_head.nll = partial(nll_in_pieces, model.lm_head)
+            register_fsdp_forward_method(model.lm_head, "nll")
         for m in (*model.backbone.layers, model.backbone.embeddings, *[model.mtp] * bool(model.mtp), model):
             fully_shard(m, mesh=self.flat)                                   # what is left of it, in fp32
         for m in model.modules():
@@ -258,8 +283,7 @@ class World:
 def start(ep=1, cp=1):
     """The World that torchrun started this process in."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
-        raise ValueError("torchrun --max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: "
-                         "without it restarted workers read the addresses of the dead ones, and none comes up")
+        raise ValueError("--max-restarts wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or new workers call on dead ones")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -92,12 +92,13 @@ class Run:
     threads: int = knob(0, "CPU threads; 0: torch's choice")
     ep: int = knob(1, "under torchrun: ranks that share the experts")
     cp: int = knob(1, "under torchrun: ranks that share a sequence's length")
-    recompute: bool = knob(False, "under torchrun: a layer's forward pass again for its gradient, for less memory")
+    recompute: bool = knob(False, "under torchrun: a layer's forward pass, and the logits, again for the gradient")
     short: int = knob(0, "under torchrun: every second batch has sequences of this length instead; 0: none has")
     dry_run: bool = knob(False, "no training: one rank's memory, traffic and time, worked out on this machine")
     world: int = knob(64, "of the dry run: how many ranks")
     gpu: str = knob("h100", "of the dry run: h100 | b200")
     layers: int = knob(0, "of the dry run: go through this many layers only and extrapolate; 0: all")
+    quick: bool = knob(False, "of the dry run: by arithmetic, without going through a step")
     prompt: str = knob("def ", "what the sample at the end goes on from; empty: no sample")
 
     def folder(self):

@@ -16,6 +16,7 @@ import train
 from model import Config, Nemotron, init_weights
 
 torch.set_num_threads(1)
+parallel.ROWS = 5                                                            # of 32 and fewer: the last piece is short
 CONFIG = Config(hybrid_override_pattern="M*E", vocab_size=40, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
                 mamba_num_heads=4, mamba_head_dim=4, ssm_state_size=8, n_groups=2, chunk_size=4, n_routed_experts=8,
                 num_experts_per_tok=2, moe_latent_size=8, moe_intermediate_size=8, moe_shared_expert_intermediate_size=16,
@@ -59,8 +60,9 @@ def steps(model, opt, world, n, first=0, noted=True):
         norm = world.clip(list(model.parameters()), 1.0) if world else torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
+        routed = sum(float(moe.load.sum()) for moe in latent_moe.layers(model))     # each token once
         latent_moe.update_bias(model, 1e-3)
-        out.append([*nats, even, float(norm)])
+        out.append([*nats, even, float(norm), routed])
     return out, grads
 
 

@@ -19,8 +19,8 @@ HOUSE = {
     "checkpoint": ((), 190), "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 360),
     "hf": (("config", "model"), 210), "nvfp4": ((), 520), "plot": (("checkpoint",), 100),
     "sample": (("checkpoint", "data", "hf", "model", "mtp"), 390), "heal": (("checkpoint", "data", "mtp", "sample"), 130),
-    "parallel": (("data", "latent_moe", "mamba", "model"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
-    "dryrun": (("model", "parallel"), 190),
+    "parallel": (("data", "latent_moe", "mamba", "model", "mtp"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
+    "budget": (("config",), 190), "dryrun": (("budget", "model", "parallel"), 210),
     "train": (("checkpoint", "data", "dryrun", "latent_moe", "mtp", "model", "nvfp4", "parallel", "plot", "sample",
                "shards"), 500),
     "bench": (("config", "latent_moe", "mamba", "model", "mtp", "sample", "train"), 420),
@@ -105,7 +105,7 @@ def run(*args, cwd):
                           env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"})
 
 
-@pytest.mark.parametrize("name", ["config", "mamba", "latent_moe", "mtp", "nvfp4", "tokenizer", "checkpoint", "data", "model", "hf"])
+@pytest.mark.parametrize("name", ["config", "budget", "mamba", "latent_moe", "mtp", "nvfp4", "tokenizer", "checkpoint", "data", "model", "hf"])
 def test_every_concept_file_runs_by_itself(name, tmp_path):
     before = os.times()
     done = run(ROOT / f"{name}.py", *["--preset", "toy"] * (name == "model"), cwd=tmp_path)
