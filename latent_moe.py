@@ -77,10 +77,12 @@ class Experts(nn.Module):
 
     def forward(self, c, pick, gate):                                        # (m, l) (m, k) (m, k)
         if self.fast:
-            if self.exchange or self.mm is not grouped_mm:
-                raise ValueError("experts with fast=True have no place for an exchange between ranks or another mm")
-            from kernels.experts import experts
-            return experts(c, pick, gate, self.up_proj, self.down_proj)
+            if self.exchange or not getattr(self.mm, "fast", self.mm is grouped_mm):
+                raise ValueError("experts with fast=True have no place for an exchange between ranks, or for an mm "
+                                 "without a kernel")
+            if self.mm is grouped_mm:                                        # four bits: mm has its own
+                from kernels.experts import experts
+                return experts(c, pick, gate, self.up_proj, self.down_proj)
         (m, k), E = pick.shape, len(self.up_proj)
         order = pick.flatten().argsort(stable=True)                          # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)                                 # (m*k, l)   each slot's token

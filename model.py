@@ -217,6 +217,7 @@ def paths(model, fast=False, experts="latent_moe.grouped_mm"):
     for m in switched:
         m.fast = fast
     there = {type(m).__name__ for m in model.modules()}
+    four = any(getattr(getattr(m, "mm", None), "fast", False) for m in switched)
     rows = [("op", "path", "reason")]
     for owner, op, kernel, readable in (
             ("Mamba2", "recurrence", "ssd", "mamba.ssd_chunked"),
@@ -226,7 +227,8 @@ def paths(model, fast=False, experts="latent_moe.grouped_mm"):
             ("Attention", "attention", "", "F.scaled_dot_product_attention")):
         if owner in there:
             can = any(type(m).__name__ == owner for m in switched)
-            why = "torch's own kernel" if not kernel else "as asked: --fast" if fast and can else "no kernel" if fast \
+            asked = "as asked: --fast" + "; four bits: kernels/fp4.py" * (four and op == "experts")
+            why = "torch's own kernel" if not kernel else asked if fast and can else "no kernel" if fast \
                 else "readable; --fast takes the kernel" if can else "readable"
             rows.append((op, f"kernels/{kernel}.py" if fast and can else readable, why))
     return [f"{'' if i else 'paths':10} {op:12} {path:32} {why}" for i, (op, path, why) in enumerate(rows)]

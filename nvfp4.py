@@ -27,7 +27,7 @@ Sources   arXiv:2509.25149 (format, recipe), 2604.12374 section 2.2 (which layer
           operations, bit for bit; Model Optimizer's rule for `export_weight`; OCP MX 1.0 for the MX formats
 Departs   sizes that are no multiple of 16 are padded with zeros, where TransformerEngine refuses; the random bytes are
           PyTorch's; on CUDA the emulated products of stacked experts are rounded to bf16 before alpha
-Not here  speed where the silicon has it: kernels/fp4.py
+Not here  speed where the silicon has it: kernels/fp4.py, the same products from codes, with fast=True
 """
 import math
 from dataclasses import dataclass, replace
@@ -98,19 +98,20 @@ def encode(x, tile, noise=None, owner=None, experts=1):
 
 def quantize(x, tile=(1, 16), noise=None, fast=False):
     """x (M, K) -> NVFP4, as TransformerEngine does. tile (16, 16) repeats its scale; noise: a random byte each."""
-    if fast:
-        from kernels.fp4 import quantize
-        return NVFP4(*quantize(x, tile, noise))
     if x.ndim != 2 or tile not in ((1, 16), (16, 16)) or x.shape[0] % tile[0] or x.shape[1] % 16 or not x.numel():
         raise ValueError(f"a tensor of shape {tuple(x.shape)} does not divide into tiles of {tile}: "
                          "M rows, K columns, tiles (1, 16) or (16, 16)")
     if noise is not None and (noise.shape != x.shape or noise.dtype != torch.uint8):
         raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}: a uint8 for each of {tuple(x.shape)}")
-    if x.isnan().any():
+    if fast:
+        from kernels.fp4 import quantize
+        codes, s, amax = quantize(x, tile, noise)
+    else:
+        q, s, amax = encode(x.contiguous(), tile, noise)
+        codes, s = pack(q.view_as(x), x < 0), s.view(-1, x.shape[1] // 16).repeat_interleave(tile[0], 0)
+    if amax.isnan():
         raise ValueError(f"{int(x.isnan().sum())} of {x.numel()} elements are NaN; NVFP4 has no code for that")
-    q, s, amax = encode(x.contiguous(), tile, noise)
-    s = s.view(-1, x.shape[1] // 16).repeat_interleave(tile[0], 0)
-    return NVFP4(pack(q.view_as(x), x < 0), s.to(torch.float8_e4m3fn), amax)
+    return NVFP4(codes, s.to(torch.float8_e4m3fn), amax)
 
 
 def pack(q, negative):
@@ -213,28 +214,28 @@ class Recipe:
     rht: bool = True
     sr: bool = True
     last: float = 0.15                                # share of the layers, at the end, in high precision
-    fast: bool = False                                # single matrices from codes, by kernels/fp4.py
+    fast: bool = False                                # products from codes, by kernels/fp4.py
 
     def __post_init__(self):
-        if self.fast and not self.two_d and self.format == "nvfp4":
-            raise ValueError("fast=True has 16x16 weights only; two_d=False needs fast=False")
+        if self.fast and self.format != "nvfp4":
+            raise ValueError(f"four bits with fast=True are nvfp4; {self.format} has no kernel and needs fast=False")
 
     @staticmethod
-    def read(text):
+    def read(text, fast=False):
         format, *without = text.split("-")
         off = {"2d": dict(two_d=False), "rht": dict(rht=False), "sr": dict(sr=False), "last": dict(last=0.0)}
         wrong = [word for word in without if word not in off] + [format] * (format not in ("nvfp4", "mxfp4", "mxfp8"))
         if wrong:
             raise ValueError(f"--precision {text!r}: choose auto, fp32, bf16, nvfp4, mxfp4 or mxfp8, and what to leave "
                              f"out as in nvfp4-sr: {', '.join(off)}; there is no {wrong[0]!r}")
-        recipe = Recipe(format)
+        recipe = Recipe(format, fast=fast)
         for word in without:
             recipe = replace(recipe, **off[word])
         return recipe.plain() if format == "mxfp8" else recipe
 
     def plain(self):
         """The same layers in MXFP8, which needs none of the ingredients."""
-        return replace(self, format="mxfp8", two_d=False, rht=False, sr=False)
+        return replace(self, format="mxfp8", two_d=False, rht=False, sr=False, fast=False)
 
     @property
     def size(self):
@@ -258,94 +259,100 @@ class Operands:
         tile = (r.size, r.size) if square else (1, r.size) if dim else (r.size, 1)
         if r.rht and name in ("wgrad dy", "wgrad x"):
             x = hadamard(x, 0)
-        noise = random_bytes(x) if r.sr and kind == "dy" else None
+        noise = self.noise(name, x)
         if r.format == "nvfp4":
             q, s, amax = encode(x, tile, noise, owner, experts)
             q = q.mul_(s)
         else:
             q, amax = mx(x, tile, r.format, noise), None
         q = q.view(x.shape)
-        if self.flushed is not None:
-            counts = torch.stack([((q == 0) & (x != 0)).sum(), (x != 0).sum()])
-            self.flushed[name] = self.flushed.get(name, 0) + counts
+        self.count(name, x, q)
         return q, amax
 
-    def product(self, a, b, offs, owner):
+    def noise(self, name, x):
+        """A random byte for each number, if this operand is rounded stochastically."""
+        return random_bytes(x).view(x.shape) if self.recipe.sr and name.endswith("dy") else None
+
+    def count(self, name, x, q, s=None):
+        """Adds what became 0 of x. With s: q are codes, and x is not rotated yet."""
+        if self.flushed is not None:
+            if s is not None:
+                q = unpack(q) * s.float().repeat_interleave(16, 1)
+                x = (hadamard(x) if self.recipe.rht and name.startswith("wgrad") else x).reshape(q.shape)
+            counts = torch.stack([((q == 0) & (x != 0)).sum(), (x != 0).sum()])
+            self.flushed[name] = self.flushed.get(name, 0) + counts
+
+    def product(self, a, b, ends, owner):
         """alpha a b. a (m, k), b (E, k, n) -> (m, n); or, for dw, a (o, m), b (m, i) -> (E, o, i)."""
         (a, amax), (b, bmax) = a, b
         if a.is_cuda:                                                        # q s_b has six bits: bf16 holds it
             a, b = a.bfloat16(), b.bfloat16()
-        if offs is not None:
-            y = F.grouped_mm(a, b, offs=offs).float()
+        if ends is not None:
+            y = F.grouped_mm(a, b, offs=ends).float()
         else:
             b = b[0] if b.ndim == 3 else b
             y = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a @ b
         if amax is None:
             return y
         alpha = amax * bmax / 7225344                                        # 2688^2
-        return y.mul_(alpha if offs is None else alpha[owner, None] if y.ndim == 2 else alpha[:, None, None])
+        return y.mul_(alpha if ends is None else alpha[owner, None] if y.ndim == 2 else alpha[:, None, None])
 
 
 class QuantizedMM(torch.autograd.Function):
-    """Rows (m, i) by expert times w (E, o, i) -> (m, o), forward and backward in four bits. count None: E = 1."""
+    """Rows x (m, i), of expert `owner` (m,) each, which ends at row `ends` (E,), times w (E, o, i) -> (m, o)."""
     @staticmethod
-    def forward(ctx, x, w, count, how):
-        size = how.recipe.size
-        E, o, i = w.shape
-        xs, at, owner, offs = spread(x, count, size)                         # (m', i')
-        ws = F.pad(w, (0, -i % size, 0, -o % size)).float()                  # (E, o', i')
-        rows = None if owner is None else torch.arange(E, device=w.device).repeat_interleave(ws.shape[1])
-        a, (b, bmax) = how.operand("fprop x", xs, 1, owner, E), how.operand("fprop w", ws.flatten(0, 1), 1, rows, E)
-        y = how.product(a, (b.view_as(ws).mT, bmax), offs, owner)            # (m', o')
-        ctx.how, ctx.shape, ctx.kinds = how, w.shape, (x.dtype, w.dtype)
-        keep = (b, bmax) if how.recipe.two_d else (ws, None)                 # tiles: the transpose is the same numbers
-        ctx.save_for_backward(xs, *keep, at, owner, offs, rows)
-        return (y if at is None else y[at])[:len(x), :o].to(x.dtype)
+    def forward(ctx, x, w, owner, ends, how):
+        E, o, _ = ctx.shape = w.shape
+        rows = None if owner is None else torch.arange(E, device=w.device).repeat_interleave(o)
+        a, (b, bmax) = how.operand("fprop x", x, 1, owner, E), how.operand("fprop w", w.flatten(0, 1), 1, rows, E)
+        keep = (b, bmax) if how.recipe.two_d else (w, None)                  # tiles: the transpose is the same numbers
+        ctx.save_for_backward(x, *keep, owner, ends, rows)
+        ctx.how, ctx.dtype = how, w.dtype
+        return how.product(a, (b.view_as(w).mT, bmax), ends, owner).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        (E, o, i), how, (xs, b, bmax, at, owner, offs, rows) = ctx.shape, ctx.how, ctx.saved_tensors
-        size = how.recipe.size
-        dys = F.pad(dy.float(), (0, -o % size, 0, 0 if at is not None else -len(dy) % size))     # (m', o')
-        if at is not None:
-            dys = dys.new_zeros(len(xs), dys.shape[1]).index_copy_(0, at, dys)
-        if ctx.kinds[0] == torch.bfloat16:
-            dys = dys.bfloat16()
-        if how.recipe.two_d:
-            w = b, bmax
-        else:
-            w = how.operand("dgrad w", b.flatten(0, 1), 0, rows, E)
-        stack = w[0].view(E, -1, xs.shape[1])                                # (E, o', i')
-        dx = how.product(how.operand("dgrad dy", dys, 1, owner, E), (stack, w[1]), offs, owner)
-        dyc, (xc, xmax) = how.operand("wgrad dy", dys, 0, owner, E), how.operand("wgrad x", xs, 0, owner, E)
-        dw = how.product((dyc[0].mT, dyc[1]), (xc, xmax), offs, owner)       # (E, o', i') or (o', i')
-        dx = (dx if at is None else dx[at])[:len(dy), :i].to(ctx.kinds[0])
-        return dx, dw.view(E, -1, xs.shape[1])[:, :o, :i].to(ctx.kinds[1]), None, None
+        (E, o, i), how, (x, w, wmax, owner, ends, rows) = ctx.shape, ctx.how, ctx.saved_tensors
+        if not how.recipe.two_d:
+            w, wmax = how.operand("dgrad w", w.flatten(0, 1), 0, rows, E)
+        dx = how.product(how.operand("dgrad dy", dy, 1, owner, E), (w.view(E, o, i), wmax), ends, owner)
+        a, amax = how.operand("wgrad dy", dy, 0, owner, E)
+        dw = how.product((a.mT, amax), how.operand("wgrad x", x, 0, owner, E), ends, owner)
+        return dx.to(x.dtype), dw.view(E, o, i).to(ctx.dtype), None, None, None
+
+
+def whole(x, size):
+    """Pads the last two dimensions with zeros to whole blocks."""
+    rest = -x.shape[-1] % size, -x.shape[-2] % size
+    return F.pad(x, (0, rest[0], 0, rest[1])) if any(rest) else x
 
 
 def spread(x, count, size):
     """Pads every expert's rows to whole blocks -> rows, where each went, each row's expert, the experts' ends."""
-    x = F.pad(x, (0, -x.shape[1] % size))
     if count is None:
-        return F.pad(x, (0, 0, 0, -len(x) % size)), None, None, None
-    whole = (count + size - 1) // size * size                                # (E,)
-    experts = torch.arange(len(count), device=x.device)
-    owner = experts.repeat_interleave(whole)                                 # (m',)
-    shift = (whole - count).cumsum(0) - (whole - count)                      # zeros in front of each expert
+        return whole(x, size), None, None, None
+    blocks = (count + size - 1) // size * size                               # (E,)
+    owner = torch.arange(len(count), device=x.device).repeat_interleave(blocks)                  # (m',)
+    shift = (blocks - count).cumsum(0) - (blocks - count)                    # zeros in front of each expert
     at = torch.arange(len(x), device=x.device) + shift.repeat_interleave(count)
-    return x.new_zeros(len(owner), x.shape[1]).index_copy_(0, at, x), at, owner, whole.cumsum(0).int()
+    x = F.pad(x, (0, -x.shape[1] % size))
+    return x.new_zeros(len(owner), x.shape[1]).index_copy_(0, at, x), at, owner, blocks.cumsum(0).int()
 
 
 def matmul(x, w, count, how):
-    """QuantizedMM, in the dtype that autocast would have chosen; fast: one matrix, from codes."""
-    r, kind = how.recipe, x.device.type
+    """x (m, i), by expert, count (E,) rows of each, times w (E, o, i) -> (m, o), in the dtype autocast would choose.
+
+    count None: E = 1.
+    """
+    kind, size, fast = x.device.type, how.recipe.size, how.recipe.fast
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    fast = r.fast and r.format == "nvfp4" and count is None
     with torch.autocast(kind, enabled=False):
+        rows, at, owner, ends = spread(x.to(dtype), count, size)             # (m', i')
+        product = QuantizedMM
         if fast:
-            from kernels.fp4 import Product
-            return Product.apply(x.to(dtype), w[0], r.rht and (lambda v: hadamard(v, 0)), r.sr and random_bytes)
-        return QuantizedMM.apply(x.to(dtype), w, count, how)
+            from kernels.fp4 import Product as product
+        y = product.apply(rows, whole(w, size), owner, ends, how)            # (m', o')
+        return (y if at is None else y.index_select(0, at))[:len(x), :w.shape[1]]
 
 
 class Linear(nn.Module):
@@ -361,7 +368,7 @@ class Linear(nn.Module):
 class GroupedMM:
     """For latent_moe's seam `mm`: every expert's rows, weights and gradients are tensors with an amax of their own."""
     def __init__(self, recipe):
-        self.how = Operands(recipe)
+        self.how, self.fast = Operands(recipe), recipe.fast
 
     def __call__(self, x, w, count):
         return matmul(x, w, count, self.how)

@@ -85,7 +85,7 @@ class Run:
     from_step: int = knob(0, "resume from this checkpoint instead of the newest")
     merge: int = knob(0, "no training: merge the last N checkpoints of the run, evaluate each and the merge")
     device: str = knob("auto", "auto | cpu | cuda | mps")
-    precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32) | nvfp4 (emulated; nvfp4-sr: "
+    precision: str = knob("auto", "auto | fp32 | bf16 (autocast; parameters stay fp32) | nvfp4 (nvfp4-sr: "
                           "without stochastic rounding; -2d -rht -last likewise) | mxfp4 | mxfp8")
     fast: bool = knob(False, "Triton kernels (kernels/); needs a CUDA GPU")
     diagnose: bool = knob(False, "log the shares of zero gradients, dead channels and what four bits flush to zero")
@@ -167,7 +167,7 @@ def choose_device(run, say):
         torch.set_num_threads(run.threads)
     can = device == "cuda" and torch.cuda.is_bf16_supported()
     precision = run.precision if run.precision in ("fp32", "bf16") else "bf16" if can else "fp32"
-    recipe = None if run.precision in ("auto", "fp32", "bf16") else nvfp4.Recipe.read(run.precision)
+    recipe = None if run.precision in ("auto", "fp32", "bf16") else nvfp4.Recipe.read(run.precision, run.fast)
     why = dict(cuda="CUDA found", mps="no CUDA, Apple's MPS found", cpu="neither CUDA nor MPS found")[found]
     say(f"device     {device} ({why if run.device == 'auto' else 'as asked'}), "
         f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
@@ -185,8 +185,8 @@ def quantise(model, recipe, run, say):
         kinds = list(nvfp4.convert(model, recipe).values())
         nvfp4.watch(model, run.diagnose)
         say("           " + ", ".join(f"{kinds.count(k)} products in {k.upper()}" for k in sorted(set(kinds))) +
-            f" of {sum(hasattr(m, 'mm') or m.__class__.__name__ == 'Linear' for m in model.modules())}, emulated; "
-            f"{recipe}")
+            f" of {sum(hasattr(m, 'mm') or m.__class__.__name__ == 'Linear' for m in model.modules())}, "
+            f"{'NVFP4 by kernels/fp4.py, MXFP8 ' if recipe.fast else ''}emulated; {recipe}")
 
 
 def optimiser(model, run):

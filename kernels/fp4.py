@@ -1,11 +1,13 @@
 """
-fp4: quantising, and products with four-bit operands. nvfp4.quantize, same bits; the products, same sums.
+fp4: quantising, and products with four-bit operands. nvfp4.quantize, same bits; nvfp4.QuantizedMM, same sums.
 
     s = E4M3(amax_b S/6)    q = E2M1(x / (s/S))    S = 2688/amax          D = alpha sum over blocks s_a s_b (q_a . q_b)
 
-grid     _quantize (m / 32, k / 128)   _gemm (m / BM, n / BN)   _decode (n / BN)
-traffic  _quantize reads x once and writes 4.5 bits a number: 86 MB for [8192, 4096] in bf16, the minimum (or q s in
-         bf16, for products that are emulated). x may be a transposed view: that is the column copy.
+grid     _amax, _quantize (m / 32, k / 128)   _gemm (m / BM + E, n / BN), for dw (o / BM, i / BN, E): every expert's
+         rows are tiles of their own, so the last one of each is part empty.   _decode (n / BN)
+traffic  _quantize reads x once and writes 4.5 bits a number: 86 MB for [8192, 4096] in bf16. The amax of a block is in
+         the tile, that of the tensor is not: _amax reads x first, rotated on the way, 67 MB more. x may be a transposed
+         view: that is the column copy. Random bytes, where there are any, are 34 MB to write and to read.
          _decode multiplies a few tokens in bf16 by weights of 4.5 bits: bound by reading w, 3.6 times less to read.
 tensor   _gemm NATIVE: the tensor core multiplies codes and scales itself (Blackwell, BM >= 128: with 64 the compiler
 cores    quietly computes in bf16). Otherwise codes become fp16 by moving their bits to fp16's exponent and mantissa,
@@ -14,12 +16,11 @@ numbers  scales in fp32 in nvfp4.scales' order, with divisions that round (div_r
          arithmetic that is right on every GPU and in the interpreter; noise: given bytes, or Philox's.
 """
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels import on_gpu
+from kernels import INTERPRETED, on_gpu
 
 BIG = tl.constexpr(3.4028234663852886e38)
 
@@ -39,22 +40,54 @@ def _step(a):
     return tl.where(a < 2.0, 0.5, tl.where(a < 4.0, 1.0, 2.0))
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _quantize(X, AMAX, NOISE, Q, S, Y, M, K, SM, SK, seed, BM: tl.constexpr, BK: tl.constexpr, SQUARE: tl.constexpr,
-              RHT: tl.constexpr, SR: tl.constexpr, FAKE: tl.constexpr):
+@triton.jit
+def _read(X, R, M, K, SE, SM, SK, BM: tl.constexpr, BK: tl.constexpr, RHT: tl.constexpr):
+    """This program's tile of a stack of R rows each, rotated along its columns if asked -> [BM, BK/16, 16] fp32."""
     rm = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     rk = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
-    ok = (rm < M) & (rk < K)
+    x = tl.load(X + rm // R * SE + rm % R * SM + rk.to(tl.int64) * SK, mask=(rm < M) & (rk < K), other=0.0)
     NB: tl.constexpr = BK // 16
-    x = tl.load(X + rm * SM + rk * SK, mask=ok, other=0.0)
     if RHT:                                                                     # R_ij = sign_i (-1)^|i & j| / 4
         i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
         odd = (i & j) ^ ((i & j) >> 2)
         odd = ((odd ^ (odd >> 1)) ^ (55272 >> i)) & 1
-        R = tl.where(odd == 1, -0.25, 0.25).to(x.dtype)
-        x = tl.dot(x.reshape(BM * NB, 16), R, input_precision="ieee").to(x.dtype).reshape(BM, BK)
-    x = x.to(tl.float32).reshape(BM, NB, 16)
-    amax = tl.load(AMAX)
+        turn = tl.where(odd == 1, -0.25, 0.25).to(x.dtype)
+        x = tl.dot(x.reshape(BM * NB, 16), turn, input_precision="ieee").to(x.dtype)
+    return x.to(tl.float32).reshape(BM, NB, 16)
+
+
+@triton.jit
+def _owner(OWNER, rm, rk, R, M, K, BY: tl.constexpr):
+    """Whose amax: one for each R rows, or (BY 1) what OWNER says of rows rm, or (BY 2) of columns rk."""
+    if BY == 2:
+        e = tl.load(OWNER + rk, mask=rk < K, other=0)
+    elif BY == 1:
+        e = tl.load(OWNER + rm, mask=rm < M, other=0)
+    else:
+        e = tl.where(rm < M, rm // R, 0)
+    return e
+
+
+@triton.jit
+def _amax(X, AMAX, OWNER, R, M, K, SE, SM, SK, BM: tl.constexpr, BK: tl.constexpr, RHT: tl.constexpr, BY: tl.constexpr):
+    x = _read(X, R, M, K, SE, SM, SK, BM, BK, RHT)
+    top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)                  # as bits: in order, NaN above all
+    rm = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM // 16) * 16       # 16 rows, or columns, have one owner
+    rk = tl.program_id(1) * BK + tl.arange(0, BK // 16) * 16
+    top = tl.max(top, 0) if BY == 2 else tl.max(tl.max(top, 1).reshape(BM // 16, 16), 1)
+    tl.atomic_max(AMAX + _owner(OWNER, rm, rk, R, M, K, BY), top)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _quantize(X, AMAX, OWNER, NOISE, Q, S, Y, R, M, K, SE, SM, SK, NM, NK, seed, BM: tl.constexpr, BK: tl.constexpr,
+              SQUARE: tl.constexpr, RHT: tl.constexpr, SR: tl.constexpr, FAKE: tl.constexpr, BY: tl.constexpr):
+    rm = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
+    rk = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+    ok = (rm < M) & (rk < K)
+    NB: tl.constexpr = BK // 16
+    x = _read(X, R, M, K, SE, SM, SK, BM, BK, RHT)
+    first = tl.program_id(1) * BK + tl.arange(0, NB)[None, :] * 16
+    amax = tl.load(AMAX + _owner(OWNER, rm, first, R, M, K, BY))                # [BM, 1] or [1, NB]
     scale = tl.minimum(tl.div_rn(2688.0, amax), BIG)                            # S
     scale = tl.where((amax == 0) | (scale == 0), 1.0, scale)
     block = tl.max(tl.abs(x), 2)                                                # [BM, NB]
@@ -73,7 +106,7 @@ def _quantize(X, AMAX, NOISE, Q, S, Y, M, K, SM, SK, seed, BM: tl.constexpr, BK:
             byte = (words[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]) & 255
             noise = byte.reshape(BM, NB, 16).to(tl.float32)
         else:
-            noise = tl.load(NOISE + rm * K + rk, mask=ok, other=0).to(tl.float32).reshape(BM, NB, 16)
+            noise = tl.load(NOISE + rm * NM + rk.to(tl.int64) * NK, mask=ok, other=0).to(tl.float32).reshape(BM, NB, 16)
         a = a + noise * 0.00390625 * _step(a)                                   # exact product: fma or not
         step = _step(a)
         a = tl.floor(a / step) * step
@@ -110,26 +143,42 @@ def _unpack(q, s, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _gemm(A, SA, B, SB, ALPHA, D, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr):
-    rm = (tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM))[:, None]
+def _gemm(A, SA, B, SB, ALPHA, D, ENDS, EXPERT, ROW, M, N, K, E, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+          BY: tl.constexpr, NATIVE: tl.constexpr):
+    """D = alpha A B^T. BY 1: rows of A by expert, B and alpha of each. BY 2: columns by expert, D of each."""
+    e, r0, end, first, last = 0, tl.program_id(0) * BM, M, 0, K
+    if BY == 1:
+        e = tl.load(EXPERT + tl.program_id(0))
+        if e >= E:                                                              # a tile too many: see `tiles`
+            return
+        r0, end = tl.load(ROW + tl.program_id(0)), tl.load(ENDS + e)
+    if BY == 2:
+        e = tl.program_id(2)
+        first, last = tl.load(ENDS + e - 1, mask=e > 0, other=0), tl.load(ENDS + e)
+    rm = (r0.to(tl.int64) + tl.arange(0, BM))[:, None]
     rn = (tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN))[:, None]
     half, group = tl.arange(0, BK // 2)[None, :], tl.arange(0, BK // 16)[None, :]
+    own = rn + e.to(tl.int64) * N if BY == 1 else rn                            # B's rows
     acc = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, K, BK):
+    at, bt = A + rm * (K // 2) + first // 2, B + own * (K // 2) + first // 2
+    sat, sbt = SA + rm * (K // 16) + first // 16, SB + own * (K // 16) + first // 16
+    left = last - first
+    for k in range(0, left, BK):
         codes, blocks = k // 2 + half, k // 16 + group
-        a = tl.load(A + rm * (K // 2) + codes, mask=(rm < M) & (codes < K // 2), other=0)
-        b = tl.load(B + rn * (K // 2) + codes, mask=(rn < N) & (codes < K // 2), other=0)
-        sa = tl.load(SA + rm * (K // 16) + blocks, mask=(rm < M) & (blocks < K // 16), other=0.0)
-        sb = tl.load(SB + rn * (K // 16) + blocks, mask=(rn < N) & (blocks < K // 16), other=0.0)
+        a = tl.load(at + codes, mask=(rm < end) & (codes < left // 2), other=0)
+        b = tl.load(bt + codes, mask=(rn < N) & (codes < left // 2), other=0)
+        sa = tl.load(sat + blocks, mask=(rm < end) & (blocks < left // 16), other=0.0)
+        sb = tl.load(sbt + blocks, mask=(rn < N) & (blocks < left // 16), other=0.0)
         if NATIVE:
             acc = tl.dot_scaled(a, sa, "e2m1", b.T, sb, "e2m1", acc)
         else:
-            a0, a1 = _unpack(a, sa, BM, BK // 2)
-            b0, b1 = _unpack(b, sb, BN, BK // 2)
-            acc = tl.dot(a0, b0.T, acc)
-            acc = tl.dot(a1, b1.T, acc)
+            low, high = _unpack(a, sa, BM, BK // 2)
+            low_b, high_b = _unpack(b, sb, BN, BK // 2)
+            acc = tl.dot(low, low_b.T, acc)
+            acc = tl.dot(high, high_b.T, acc)
     col = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)[None, :]
-    tl.store(D + rm * N + col, (acc * tl.load(ALPHA)).to(D.dtype.element_ty), mask=(rm < M) & (col < N))
+    row = rm + e.to(tl.int64) * M if BY == 2 else rm
+    tl.store(D + row * N + col, (acc * tl.load(ALPHA + e)).to(D.dtype.element_ty), mask=(rm < end) & (col < N))
 
 
 @triton.jit
@@ -151,45 +200,77 @@ def _decode(X, B, SB, ALPHA, D, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK:
     tl.store(D + rm * N + col, (acc * tl.load(ALPHA)).to(D.dtype.element_ty), mask=(rm < M) & (col < N))
 
 
-def quantize(x, tile=(1, 16), noise=None, rht=False, amax=None, seed=None, fake=False):
+def _check(what, *tensors):
+    on_gpu(what, *tensors)
+    if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+        raise ValueError(f"{what} with fast=True needs a GPU of compute capability 9.0 or later (E4M3), "
+                         f"not {'.'.join(map(str, torch.cuda.get_device_capability()))}; use fast=False")
+
+
+def quantize(x, tile=(1, 16), noise=None, rht=False, amax=None, seed=None, fake=False, owner=None, experts=1, by=0):
     """x (M, K), any strides -> codes, scales, amax; fake: q s in bf16, amax. Rounding down the columns: x.T.
 
-    rht rotates first (amax is then that of the rotated tensor, and must be given); seed: noise from Philox.
+    x (E, R, K) is a stack with an amax each. by=1: row r of x belongs to expert owner[r]; by=2: column c to owner[c];
+    in runs of whole blocks. rht rotates first; seed: noise from Philox.
     """
-    on_gpu("nvfp4.quantize", x, noise, amax)
-    if x.ndim != 2 or x.shape[1] % 16 or x.shape[0] % tile[0] or tile not in ((1, 16), (16, 16)):
+    _check("nvfp4.quantize", x, noise, amax)
+    (R, K), E = x.shape[-2:], len(x) if x.ndim == 3 else 1
+    if x.ndim not in (2, 3) or tile not in ((1, 16), (16, 16)) or K % 16 or R % (16 if E > 1 or by == 1 else tile[0]):
         raise ValueError(f"a tensor of shape {tuple(x.shape)} does not divide into tiles of {tile}")
-    if rht and amax is None:
-        raise ValueError("rht=True needs amax, the largest magnitude after the rotation")
-    M, K = x.shape
-    amax = x.abs().max().float().view(1) if amax is None else amax
+    M, strides = E * R, (x.stride(0) if x.ndim == 3 else 0, *x.stride()[-2:])
+    grid = triton.cdiv(M, 32), triton.cdiv(K, 128)
+    if amax is None:
+        bits = torch.zeros(E * experts, dtype=torch.int32, device=x.device)
+        _amax[grid](x, bits, owner, R, M, K, *strides, BM=32, BK=128, RHT=rht, BY=by)
+        amax = bits.view(torch.float32)
     y = torch.empty(M, K, dtype=torch.bfloat16, device=x.device) if fake else None
     q = None if fake else torch.empty(M, K // 2, dtype=torch.uint8, device=x.device)
     s = None if fake else torch.empty(M, K // 16, dtype=torch.uint8, device=x.device)
-    _quantize[triton.cdiv(M, 32), triton.cdiv(K, 128)](
-        x, amax, noise, q, s, y, M, K, *x.stride(), seed or 0, BM=32, BK=128, SQUARE=tile[0] == 16, RHT=rht,
-        SR=noise is not None or seed is not None, FAKE=fake)
+    _quantize[grid](
+        x, amax, owner, noise, q, s, y, R, M, K, *strides, *((0, 0) if noise is None else noise.stride()), seed or 0,
+        BM=32, BK=128, SQUARE=tile[0] == 16, RHT=rht, SR=noise is not None or seed is not None, FAKE=fake, BY=by)
     return (y, amax) if fake else (q, s.view(torch.float8_e4m3fn), amax)
 
 
-def gemm(a, b, dtype=torch.bfloat16, native=None, BM=128, BN=128, BK=128):
-    """a (M, K), b (N, K), both (codes, scales, amax) -> a b^T (M, N). native: None: on a Blackwell."""
-    on_gpu("nvfp4.gemm", *a, *b)
-    (M, K), N = a[0].shape, len(b[0])
+def tiles(ends, M, BM):
+    """Rows by expert, in tiles that have one expert -> each tile's expert (E: none) and first row, on the device.
+
+    Their number is data; nobody waits for it: at most M/BM + E.
+    """
+    count = ends.diff(prepend=ends.new_zeros(1))
+    own = (count + BM - 1) // BM
+    last = own.cumsum(0)                                                        # (E,) past each expert's last tile
+    at = torch.arange(M // BM + len(ends), device=ends.device)
+    expert = torch.searchsorted(last, at, right=True)
+    mine = expert.clamp(max=len(ends) - 1)
+    return expert.int(), ((ends - count)[mine] + (at - (last - own)[mine]) * BM).int()
+
+
+def gemm(a, b, dtype=torch.bfloat16, native=None, BM=128, BN=128, BK=128, ends=None, by=0):
+    """a (M, K), b (N, K), both (codes, scales, amax) -> a b^T (M, N). native: None: on a Blackwell.
+
+    by=1: rows of a up to ends[0] times b's first expert, ...: b (E N, K) -> (M, N); ends are multiples of 16.
+    by=2: columns of both up to ends[0] are the first expert's, ...: -> (E, M, N).
+    """
+    _check("nvfp4.gemm", *a, *b, ends)
+    E = 1 if by == 0 else len(ends)
+    (M, K), N = a[0].shape, len(b[0]) // (E if by == 1 else 1)
     if b[0].shape[1] != K:
         raise ValueError(f"a has {2 * K} columns, b {2 * b[0].shape[1]}")
     if native is None:
         native = a[0].is_cuda and torch.cuda.get_device_capability()[0] >= 10
-    d = torch.empty(M, N, dtype=dtype, device=a[0].device)
+    d = torch.empty(*[E] * (by == 2), M, N, dtype=dtype, device=a[0].device)
+    expert, row = tiles(ends, M, BM) if by == 1 else (None, None)
     BK = BK if native else min(BK, 64)
-    _gemm[triton.cdiv(M, BM), triton.cdiv(N, BN)](*a[:2], *b[:2], a[2] * b[2] / 7225344, d, M, N, 2 * K,
-                                                 BM=BM, BN=BN, BK=BK, NATIVE=native, num_warps=8)
+    grid = len(expert) if by == 1 else triton.cdiv(M, BM), triton.cdiv(N, BN), E if by == 2 else 1
+    _gemm[grid](*a[:2], *b[:2], a[2] * b[2] / 7225344, d, ends, expert, row, M, N, 2 * K, E,
+                BM=BM, BN=BN, BK=BK, BY=by, NATIVE=native, num_warps=8)
     return d
 
 
 def decode(x, b, BM=16, BN=64, BK=128):
     """x (M, K) in bf16 or fp16, a few rows; b (N, K) as (codes, scales, amax) -> x b^T (M, N), of x's dtype."""
-    on_gpu("nvfp4.decode", x, *b)
+    _check("nvfp4.decode", x, *b)
     M, K, N = *x.shape, len(b[0])
     if 2 * b[0].shape[1] != K or not x.is_contiguous():
         raise ValueError(f"x has {K} columns, b {2 * b[0].shape[1]}; and x must be contiguous")
@@ -198,27 +279,34 @@ def decode(x, b, BM=16, BN=64, BK=128):
     return d
 
 
-class Product(torch.autograd.Function):
-    """x (m, i), w (o, i) -> x w^T: nvfp4.QuantizedMM of one matrix, its three products from codes.
+def operand(how, name, x, owner=None, ends=None):
+    """nvfp4.Operands.operand as codes, along the sum of the product that `name` belongs to."""
+    r, turn = how.recipe, name in ("dgrad w", "wgrad dy", "wgrad x")
+    noise = how.noise(name, x)
+    if turn:
+        x, noise = x.mT, noise if noise is None else noise.T
+    q, s, amax = quantize(x, (16, 16) if r.two_d and name.endswith("w") else (1, 16), noise, owner=owner,
+                          rht=r.rht and name.startswith("wgrad"), experts=1 if owner is None else len(ends),
+                          by=0 if owner is None else 2 if turn else 1)
+    how.count(name, x, q, s)
+    return q, s, amax
 
-    rotate(x) rotates down the columns, or is None; bytes(x) draws a byte for each number, or is None.
-    """
+
+class Product(torch.autograd.Function):
+    """nvfp4.QuantizedMM, its three products from codes: x (m, i), w (E, o, i) -> (m, o), m, o, i multiples of 16."""
     @staticmethod
-    def forward(ctx, x, w, rotate, bytes):
-        m, (o, i) = len(x), w.shape
-        x, w = F.pad(x, (0, -i % 16, 0, -m % 16)), F.pad(w, (0, -i % 16, 0, -o % 16))
-        ctx.save_for_backward(x, w)
-        ctx.how, ctx.shape = (rotate or (lambda v: v), bytes), (m, o, i)
-        return gemm(quantize(x), quantize(w, (16, 16)), x.dtype)[:m, :o]
+    def forward(ctx, x, w, owner, ends, how):
+        ctx.save_for_backward(x, w, owner, ends)
+        ctx.how = how
+        return gemm(operand(how, "fprop x", x, owner, ends), operand(how, "fprop w", w), x.dtype,
+                    ends=ends, by=int(ends is not None))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (x, w), (rotate, bytes), (m, o, i) = ctx.saved_tensors, ctx.how, ctx.shape
-        dy = F.pad(dy, (0, len(w) - o, 0, len(x) - m))
-        noise = lambda: bytes(dy).view(dy.shape) if bytes else None
-        dx = gemm(quantize(dy, noise=noise()), quantize(w.T, (16, 16)), x.dtype)   # tiles: w's numbers again
-        turned, drawn = rotate(dy).T, noise()
-        drawn = drawn if drawn is None else drawn.T.contiguous()
-        dw = gemm(quantize(turned, noise=drawn), quantize(rotate(x).T), torch.float32)
-        return dx[:m, :i], dw[:o, :i], None, None
+        (x, w, owner, ends), how, grouped = ctx.saved_tensors, ctx.how, ctx.saved_tensors[3] is not None
+        dx = gemm(operand(how, "dgrad dy", dy, owner, ends), operand(how, "dgrad w", w), x.dtype,
+                  ends=ends, by=int(grouped))
+        dw = gemm(operand(how, "wgrad dy", dy, owner, ends), operand(how, "wgrad x", x, owner, ends), torch.float32,
+                  ends=ends, by=2 * grouped)
+        return dx, dw.view(w.shape).to(w.dtype), None, None, None

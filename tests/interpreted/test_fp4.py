@@ -12,6 +12,7 @@ from conftest import ROOT, rms
 from safetensors.torch import load_file
 
 import nvfp4
+import train
 from kernels import fp4
 
 G = load_file(ROOT / "tests" / "golden" / "nvfp4.safetensors")
@@ -30,8 +31,9 @@ def test_golden_inputs_bit_for_bit(name):
     for tile in ((1, 16), (16, 16)):
         assert same(fp4.quantize(x, tile), nvfp4.quantize(x, tile)), tile
     if f"{name}/rht.qT" in G:
-        q, s, _ = fp4.quantize(x.T, rht=True, amax=G[f"{name}/rht.amax"])
+        q, s, amax = fp4.quantize(x.T, rht=True)
         assert torch.equal(q, G[f"{name}/rht.qT"]) and torch.equal(s.view(torch.uint8), G[f"{name}/rht.sT"])
+        assert torch.equal(amax, G[f"{name}/rht.amax"])
 
 
 @pytest.mark.parametrize("m,k", [(48, 144), (16, 16), (33, 272)])
@@ -89,23 +91,83 @@ def test_golden_products():
     assert (y - G["gemm/y"]).abs().max() < 1e-6 * G["gemm/y"].abs().max()
 
 
-@pytest.mark.parametrize("text", ["nvfp4", "nvfp4-rht", "nvfp4-sr"])
-def test_a_layer_from_codes_is_the_emulated_layer(text):
-    """Output and both gradients, sizes that need padding, the same random bytes."""
-    recipe, answers = nvfp4.Recipe.read(text), []
+def layer(monkeypatch, text, fast, x, w, dy, count=None):
+    """matmul there and back -> y, dx, dw, and what every operand was rounded to: q, s_b, amax by name."""
+    names, seen = ["fprop x", "fprop w", "dgrad dy", "wgrad dy", "wgrad x"], {}
+    if fast or "2d" in text:
+        names.insert(3 if fast else 2, "dgrad w")                           # else the tiles of fprop's
+    encode, quantize = nvfp4.encode, fp4.quantize
+    def emulated(v, *rest):
+        q, s, amax = encode(v, *rest)
+        seen[names[len(seen)]] = q.reshape(v.shape).clone(), s.expand_as(q).reshape(v.shape), amax
+        return q, s, amax
+    def coded(v, *rest, **more):
+        q, s, amax = quantize(v, *rest, **more)
+        name, turn = names[len(seen)], v.shape if v.ndim == 3 else (1, *v.shape)
+        seen[name] = (nvfp4.unpack(q), s.float().repeat_interleave(16, 1), amax)
+        if name in ("dgrad w", "wgrad dy", "wgrad x"):
+            seen[name] = *(t.view(turn).mT.flatten(0, 1) for t in seen[name][:2]), amax
+        return q, s, amax
+    monkeypatch.setattr(nvfp4, "encode", emulated)
+    monkeypatch.setattr(fp4, "quantize", coded)
+    torch.manual_seed(0)
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = nvfp4.matmul(x, w, count, nvfp4.Operands(replace(nvfp4.Recipe.read(text), fast=fast)))
+    y.backward(dy)
+    monkeypatch.undo()
+    assert len(seen) == len(names)
+    return (y, x.grad, w.grad), seen
+
+
+@pytest.mark.parametrize("count", [None, [7, 0, 133, 1, 16], [0, 40, 0, 0, 0]])
+@pytest.mark.parametrize("text", ["nvfp4", "nvfp4-2d", "nvfp4-rht-sr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_from_codes_are_the_emulated_ones(monkeypatch, dtype, text, count):
+    """Output and both gradients of a layer and of stacked experts, sizes that need padding, the same random bytes;
+    every operand's codes and scales bit for bit."""
+    E, m = (1, 40) if count is None else (5, sum(count))
+    x, w = (R(m, 24) * R(m, 1, seed=3).exp()).to(dtype), R(E, 40, 24, seed=1) * torch.arange(1., E + 1)[:, None, None]
+    count = count if count is None else torch.tensor(count)
+    (want, ops), (got, codes) = (layer(monkeypatch, text, fast, x, w, R(m, 40, seed=9).to(dtype), count) for fast in (False, True))
+    if "dgrad w" not in ops:
+        ops["dgrad w"] = ops["fprop w"]
+    for name in codes:
+        assert all(torch.equal(a, b) for a, b in zip(codes[name], ops[name])), name
+    for a, b in zip(got, want):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= b.abs().max() * (1e-6 if a.dtype == torch.float32 else 2 ** -8)
+
+
+def test_flushed_shares_are_counted_the_same(monkeypatch):
+    shares = []
     for fast in (False, True):
+        how = nvfp4.Operands(nvfp4.Recipe(fast=fast))
+        how.flushed = {}
         torch.manual_seed(0)
-        x, w = R(40, 24).requires_grad_(), R(33, 24, seed=1).requires_grad_()
-        y = nvfp4.matmul(x, w[None], None, nvfp4.Operands(replace(recipe, fast=fast)))
-        y.backward(R(40, 33, seed=2))
-        answers.append((y, x.grad, w.grad))
-    for a, b in zip(*answers):
-        assert rms(b, a) < 1e-6
-    assert same(nvfp4.quantize(R(16, 32), fast=True), nvfp4.quantize(R(16, 32)))
+        x = R(48, 32).relu().square().requires_grad_()
+        nvfp4.matmul(x, R(2, 32, 32, seed=1).requires_grad_(), torch.tensor([17, 31]), how).sum().backward()
+        shares.append({k: v.tolist() for k, v in how.flushed.items()})
+    assert shares[1].pop("dgrad w") == shares[0]["fprop w"] and shares[0] == shares[1] and shares[0]["fprop x"][0] > 0
+
+
+def test_training_in_four_bits_with_every_kernel(tmp_path):
+    """train.py --precision nvfp4 --fast: a step of the whole model, its loss and what it says."""
+    losses = []
+    for fast in (False, True):
+        lines = []
+        tiny = ("hybrid_override_pattern=EM,hidden_size=32,mamba_num_heads=2,n_routed_experts=4,num_experts_per_tok=2,"
+                "moe_latent_size=16,moe_intermediate_size=32,moe_shared_expert_intermediate_size=32,"
+                "num_nextn_predict_layers=0")
+        run = train.Run(name=f"{fast}", out=str(tmp_path), model=tiny, data="recall", tokenizer="bytes", batch=2, length=16,
+                        eval_tokens=16, prompt="", device="cpu", steps=1, precision="nvfp4-last", fast=fast, diagnose=True)
+        _, rows = train.fit(run, say=lines.append)
+        losses.append(rows[-1]["train_nats"])
+        text = "\n".join(lines)
+        assert ("NVFP4 by kernels/fp4.py" in text) is fast is ("four bits: kernels/fp4.py" in text) and rows[-1]["fprop_x"] > 0
+    assert abs(losses[1] - losses[0]) < 1e-3 * losses[0]
 
 
 def test_bad_input_says_why():
-    for call, why in ((lambda: fp4.quantize(R(4, 17)), "does not divide"), (lambda: fp4.quantize(R(16, 16), rht=True), "needs amax"),
+    for call, why in ((lambda: fp4.quantize(R(4, 17)), "does not divide"), (lambda: fp4.quantize(R(3, 40, 16)), "does not divide"),
                       (lambda: fp4.gemm(nvfp4.quantize(R(16, 16)), nvfp4.quantize(R(16, 32))), "16 columns, b 32"),
                       (lambda: fp4.decode(R(2, 16), nvfp4.quantize(R(16, 32))), "16 columns, b 32")):
         with pytest.raises(ValueError, match=why):
