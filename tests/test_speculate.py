@@ -185,6 +185,23 @@ def test_healing_trains_the_block_and_nothing_else():
     assert moved and all(n.startswith("mtp.") for n in moved)
 
 
+def test_what_healing_minimises_is_the_mean_over_draws_of_the_next_token():
+    model, x = built(dtype=torch.float64), torch.randint(31, (2, 9))
+    got = next(iter(heal.heal(model, x, 1, batch=64)))                       # 64 of the two texts: both, about as often
+    picked = torch.randint(2, (64,), generator=torch.Generator().manual_seed(0)).bincount(minlength=2) / 64
+    model = built(dtype=torch.float64)
+    model.requires_grad_(False)
+    h, want = model.hidden(x), []
+    p = model.lm_head(h).softmax(-1)
+    for k in (1, 2):
+        h = model.mtp(h[:, :-1], model.backbone.embeddings(x[:, k:]), k)
+        nll = -model.lm_head(h).log_softmax(-1)
+        mean = [sum(float(p[i, t + k, w] * nll[i, t, w]) for t in range(9 - k) for w in range(p.shape[-1])) / (9 - k)
+                for i in (0, 1)]
+        want.append(float(picked[0] * mean[0] + picked[1] * mean[1]))
+    assert got == pytest.approx(want, rel=1e-6)
+
+
 @pytest.mark.parametrize("speculate", [-1, "fast", 1.5])
 def test_mistakes_are_named(speculate):
     with pytest.raises(ValueError, match="speculate="):

@@ -201,6 +201,7 @@ def test_the_python_of_the_readme_exists():
 
 def test_the_numbers_of_the_readme_are_the_code():
     sys.path.insert(0, str(ROOT))
+    import budget
     import hf
     import model
     text = (ROOT / "README.md").read_text()
@@ -215,6 +216,12 @@ def test_the_numbers_of_the_readme_are_the_code():
     ours = {f"{n:,}" for preset in ("super", "nano") for rows, mtp, _ in [model.costs(model.Config.preset(preset))]
             for c in [model.Config.preset(preset)] for total, active in [(sum(r[2] for r in rows), sum(r[3] for r in rows))]
             for n in (total, active, active - c.vocab_size * c.hidden_size, mtp[2] if mtp else 0, routers)}
+    for line in re.findall(r"^\| \d+ \| [\d,]+ \| .*", text, re.M):          # what budget.py prints, rank by rank
+        cells = [cell.strip() for cell in line.split("|")[1:5]]
+        one, two = (budget.reckon(budget.Plan(int(cells[0]), 8, 8192, again), model.Config.preset("super"))
+                    for again in (False, True))
+        assert cells[1:] == [f"{one['parameters']:,}", f"{one['peak'] / 1e9:.1f}", f"{two['peak'] / 1e9:.1f}"], line
+        ours.add(cells[1])
     assert set(re.findall(r"\b\d{2,3}(?:,\d{3}){2,}\b|\b\d(?:,\d{3}){3,}\b", text)) <= ours       # and no other number this large
     assert not re.findall(r"@[A-Z]+@", text), "a placeholder"
     for link in re.findall(r"\]\(([^)#]+)\)", text):

@@ -32,7 +32,8 @@ from triton.compiler import ASTSource
 CARDS = {80: ("A100", 163), 90: ("H100", 227), 100: ("B200", 227)}     # sm: name, KiB of shared memory a block may have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = dict([("mma.sync", r"(?<!w)\bmma\.sync"), ("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"),
-                     ("block_scale", r"block_scale"), ("tma", r"cp\.async\.bulk\.tensor"), ("atomic", r"\b(?:red|atom)\.")])
+                     ("block_scale", r"block_scale"), ("tma", r"cp\.async\.bulk\.tensor"),
+                      ("atomic", r"\b(?:red|atom)\.")])
 
 
 @dataclass
@@ -104,8 +105,8 @@ def report(rows):
         for sm in row.cards:
             made = make(row, sm)
             found = " ".join(f"{name} {n}" for name, n in made.found.items()) or "-"
-            print(f"{row.kernel.__name__:22} {row.what:28} {CARDS[sm][0]:5} {row.warps:5} {made.regs:5} {made.stack:4} B"
-                  f" {made.shared / 1024:5.1f} KiB  {found}", flush=True)
+            print(f"{row.kernel.__name__:22} {row.what:28} {CARDS[sm][0]:5} {row.warps:5} {made.regs:5}"
+                  f" {made.stack:4} B {made.shared / 1024:5.1f} KiB  {found}", flush=True)
             bad += [f"{row.kernel.__name__} ({row.what}) on {CARDS[sm][0]} {why}" for why in faults(row, sm, made)]
     return bad
 

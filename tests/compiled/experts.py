@@ -4,12 +4,13 @@ from aot import Row
 from kernels.experts import _combine, _grouped, _weights
 
 TENSOR = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
-NARROW = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}   # 16 rows are a quarter of a wgmma: weights bound them anyway
+NARROW = {80: "mma.sync", 90: "mma.sync", 100: "mma.sync"}   # 16 rows, a quarter of a wgmma: weights bound them
 
 
 def types(x, **more):
     floats = dict.fromkeys(("A", "W", "OUT", "HID", "X", "TOKENS"), f"*{x}")
-    return {**floats, **dict.fromkeys(("ORDER", "EXPERT", "ROW", "ENDS", "WHERE"), "*i32"), **dict.fromkeys(("GATE", "DGATE"), "*fp32"),
+    return {**floats, **dict.fromkeys(("ORDER", "EXPERT", "ROW", "ENDS", "WHERE"), "*i32"),
+            **dict.fromkeys(("GATE", "DGATE"), "*fp32"),
             **dict.fromkeys(("TILES", "I", "O", "J", "N", "E", "K_TOP"), "i32"), **more}
 
 
@@ -35,4 +36,5 @@ def weights(x, sizes, warps, stages, wants, **more):
 ROWS = [*grouped("bf16", (128, 128, 64), 8, 4, TENSOR), *grouped("bf16", (16, 128, 128), 4, 4, NARROW),
         *weights("bf16", (128, 128, 64), 8, 3, TENSOR),
         row(_combine, "weighted", "bf16", dict(K_TOP=22, BN=1024, WEIGH=True), 4, 3),
-        *list(grouped("fp32", (64, 64, 32), 4, 2, {}, cards=(90,)))[::2], *weights("fp32", (64, 64, 32), 8, 2, {}, cards=(90,))]
+        *list(grouped("fp32", (64, 64, 32), 4, 2, {}, cards=(90,)))[::2],
+        *weights("fp32", (64, 64, 32), 8, 2, {}, cards=(90,))]

@@ -11,14 +11,16 @@ GEMM = dict(A="*u8", SA="*fp8e4nv", B="*u8", SB="*fp8e4nv", ALPHA="*fp32", D="*b
 
 
 def row(kernel, what, types, consts, **more):
-    return Row(kernel, what, {k: v for k, v in types.items() if k not in consts}, consts, **{"cards": (90, 100), **more})
+    types = {k: v for k, v in types.items() if k not in consts}
+    return Row(kernel, what, types, consts, **{"cards": (90, 100), **more})
 
 
 def quantize(what, square=False, rht=False, noise=False, sr=False, fake=False, by=0, along="SK"):
     consts = dict(BM=32, BK=128, SQUARE=square, RHT=rht, SR=sr or noise, FAKE=fake, BY=by) | {along: 1}
     consts |= dict(Q=None, S=None) if fake else dict(Y=None)
     consts |= {} if by else dict(OWNER=None)
-    return row(_quantize, what, QUANTIZE, consts | ({"NM" if along == "SM" else "NK": 1} if noise else dict(NOISE=None)))
+    consts |= {"NM" if along == "SM" else "NK": 1} if noise else dict(NOISE=None)
+    return row(_quantize, what, QUANTIZE, consts)
 
 
 def amax(what, **consts):
