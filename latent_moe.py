@@ -83,6 +83,8 @@ class Experts(nn.Module):
             if self.mm is grouped_mm:                                        # four bits: mm has its own
                 from kernels.experts import experts
                 return experts(c, pick, gate, self.up_proj, self.down_proj)
+        if torch.is_autocast_enabled(c.device.type):                         # as a Linear does of itself
+            c = c.to(torch.get_autocast_dtype(c.device.type))
         (m, k), E = pick.shape, len(self.up_proj)
         order = pick.flatten().argsort(stable=True)                          # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)                                 # (m*k, l)   each slot's token

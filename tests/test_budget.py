@@ -50,7 +50,12 @@ def test_super_at_a_depth_of_eleven_layers():
     assert not close(ratios(plan("super", 64, 8, rows=1, length=8192, recompute=True), config))
 
 
-@pytest.mark.parametrize("preset", ["toy", "small", "super"])
+def test_nano_has_neither_latent_nor_mtp():
+    config = replace(Config.preset("nano"), hybrid_override_pattern="MEMEM*E")
+    assert not close(ratios(plan("nano", 16, 8, rows=1, length=8192, recompute=True), config))
+
+
+@pytest.mark.parametrize("preset", ["toy", "small", "nano", "super"])
 def test_parameters_are_exact(preset):
     with torch.device("meta"):
         count = sum(p.numel() for p in Nemotron(Config.preset(preset)).parameters())
