@@ -86,7 +86,7 @@ def floor(nbytes, flops, copy, product):
 def stranger(module, name):
     """A peer's function, or the sentence that it is not installed. mamba_ssm's Triton files need no CUDA extension."""
     top = module.split(".")[0]
-    found = importlib.util.find_spec(top)
+    found = sys.modules.get(top) or importlib.util.find_spec(top)
     if found is None:
         return "not installed"
     if top == "mamba_ssm" and top not in sys.modules:        # its __init__ wants the extension; its Triton files do not

@@ -158,13 +158,12 @@ def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB,
         tile = p[:, None] * N + n[None, :]                   # S and G as (p, n)
         dt, cs, last = _fade(DT, row * H + h, tl.load(A + h) * LOG2E, T, t0, H, q)
         y = tl.load(DY + (row * H + h) * P + q[:, None] * (H * P) + p[None, :], mask=ok, other=0.0)
-        late = (y * tl.exp2(cs)[:, None]).to(y.dtype)
-        dC = tl.dot(late, tl.load(S_IN + state + tile), dC, input_precision="ieee")          # 2^(c_q) S^T y_q
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
         Z += tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]  # (y_q . x_r) 2^(c_q - c_r) dt_r
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
         dB = tl.dot(u, tl.load(G_OUT + state + tile), dB, input_precision="ieee")  # 2^(c_Q - c_r) dt_r G^T x_r
+        dC += tl.dot(y, tl.load(S_IN + state + tile), input_precision="ieee") * tl.exp2(cs)[:, None]  # 2^(c_q) S^T y_q
     Bq = tl.load(B + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     Cq = tl.load(C + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     own = (row * G + g) * N + q[:, None] * (G * N) + n[None, :]

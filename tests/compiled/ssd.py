@@ -31,4 +31,4 @@ def rows(x, Q, walk, warps, stages, cards, wants={}, spill={}):
 
 ROWS = [*rows("bf16", 64, 4, 8, 2, (90, 100), {90: "wgmma", 100: "tcgen05"}),
         *rows("bf16", 32, 4, 8, 2, (80,), {80: "mma.sync"}, {_dx: 16, _states: 8}),
-        *rows("fp32", 16, 8, 8, 1, (90,), {}, {_scan: 352})]
+        *rows("fp32", 16, 8, 8, 1, (90,), {}, {_scan: 352, _dbc: 336})]
