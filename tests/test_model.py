@@ -259,7 +259,8 @@ def qkv(t, L, b=2, h=6, kv=2, e=5, dtype=torch.float64):
 def test_attend_is_a_softmax(t, first):
     q, k, v = qkv(t, first + t)
     want = softmax_loop(q, k, v, first)
-    assert rms(attend(q, k, v, first), want) <= 1e-12
+    assert rms(attend(q, k, v, first), want) <= 1e-12                    # in two parts, merged by their sums
+    assert rms(attend(q.clone().requires_grad_(), k, v, first).detach(), want) <= 1e-12          # under a mask
     assert rms(softmax_loop(q, k, v, first, group=lambda i, h, kv: i % kv), want) > .1
     k, v = (torch.cat([x, torch.full_like(x[:, :, :2], 50.)], 2) for x in (k, v))     # nonsense beyond every row's end
     assert rms(attend(q, k, v, torch.tensor([first, first])), want) <= 1e-12
@@ -284,18 +285,29 @@ def test_attend_in_blocks_of_queries():
     want = softmax_loop(q, k[:, :, -8:], v[:, :, -8:], 8 - t)
     assert rms(attend(q, k, v, L - t), want) <= 1e-5
     assert rms(attend(q, k, v, torch.tensor([L - t])), want) <= 1e-5
+    assert rms(attend(q.requires_grad_(), k, v, L - t).detach(), want) <= 1e-5
 
 
-def test_attend_gradients_and_causality():
-    q, k, v = (x.requires_grad_() for x in qkv(6, 6))
-    for g, w in zip(*(torch.autograd.grad((f(q, k, v, 0) ** 2).sum(), (q, k, v)) for f in (attend, softmax_loop_diff))):
+@pytest.mark.parametrize("first", [0, 4])
+def test_attend_gradients_and_causality(first):
+    q, k, v = (x.requires_grad_() for x in qkv(6, 6 + first))
+    for g, w in zip(*(torch.autograd.grad((f(q, k, v, first) ** 2).sum(), (q, k, v))
+                      for f in (attend, softmax_loop_diff))):
         assert rms(g, w) <= 1e-10
+
+
+@pytest.mark.parametrize("loud", [0, 1])
+def test_attend_when_one_part_of_the_keys_drowns_the_other(loud):
+    """Scores of several hundred: the sums of exponentials overflow, their logs do not."""
+    q, k, v = qkv(3, 10)
+    k[:, :, slice(0, 7) if loud == 0 else slice(7, None)] *= 400
+    assert rms(attend(q, k, v, 7), softmax_loop(q, k, v, 7)) <= 1e-12
 
 
 def softmax_loop_diff(q, k, v, first):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT / math.sqrt(q.shape[-1])
-    return torch.softmax(s.masked_fill(torch.ones_like(s).triu(1).bool(), -math.inf), -1) @ v
+    return torch.softmax(s.masked_fill(torch.ones_like(s).triu(first + 1).bool(), -math.inf), -1) @ v
 
 
 def test_attention_layer_is_its_equation():
