@@ -27,6 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
+FEW = 32                                                     # tokens, up to which Experts.wide may pay
+
+
 def grouped_mm(x, w, count):
     """Row block e of x times w[e].T.   x (m, i) by expert, w (E, o, i), count (E,) rows of each -> (m, o)"""
     w = w.to(x.dtype)
@@ -86,6 +89,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(c.device.type):                         # as a Linear does of itself
             c = c.to(torch.get_autocast_dtype(c.device.type))
         (m, k), E = pick.shape, len(self.up_proj)
+        if m <= FEW and m * k >= E and not (torch.is_grad_enabled() or self.exchange) and self.mm is grouped_mm:
+            return self.wide(c, pick, gate)
         order = pick.flatten().argsort(stable=True)                          # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)                                 # (m*k, l)   each slot's token
         count = pick.flatten().bincount(minlength=E)                         # (E,)
@@ -100,6 +105,16 @@ class Experts(nn.Module):
         slot = torch.empty_like(order).scatter_(0, order, at)                # order, inverted
         out = out.index_select(0, slot).view(m, k, -1)                       # (m, k, l)   by token again
         return (gate.to(c.dtype)[:, None] @ out).squeeze(1)                  # (m, l)   the weighted sum
+
+
+    def wide(self, c, pick, gate):
+        """The same for few tokens, which together want most experts anyway. Then the price is reading the weights, and
+        all tokens may as well meet all experts: a gate of 0 switches off what a token did not choose."""
+        E, up, down = len(self.up_proj), self.up_proj.to(c.dtype), self.down_proj.to(c.dtype)
+        switch = gate.new_zeros(len(c), E).scatter(1, pick, gate)            # (m, E)
+        hid = F.linear(c, up.flatten(0, 1)).relu().square()                  # (m, E*f)
+        hid = hid.unflatten(1, (E, -1)).transpose(0, 1)                      # (E, m, f)
+        return torch.einsum("eml,me->ml", hid @ down.mT, switch.to(c.dtype))
 
 
 class LatentMoE(nn.Module):

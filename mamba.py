@@ -39,11 +39,11 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
     B, C = (v.repeat_interleave(h // v.shape[2], 2) for v in (B, C))         # (b, t, h, n)   Super: h/g = 16
     a = (dt * A).exp()[..., None, None]                      # (b, t, h, 1, 1)
     u = (x * dt[..., None])[..., None]                       # (b, t, h, p, 1)
-    B, C = B[..., None, :].to(u.dtype), C[..., None].to(u.dtype)             # (b,t,h,1,n)  (b,t,h,n,1)
+    B, C = (v[..., None, :].to(u.dtype) for v in (B, C))     # (b, t, h, 1, n)
     S, y = u.new_zeros(b, h, p, B.shape[-1]) if state is None else state, []
     for i in range(t):
         S = torch.addcmul(a[:, i] * S, u[:, i], B[:, i])     # fade, then write u B^T
-        y.append((S @ C[:, i]).squeeze(-1))                  # (b, h, p)   read
+        y.append((S * C[:, i]).sum(-1))                      # (b, h, p)   read
     y = torch.stack(y, 1).to(x.dtype)
     return (y if D is None else y + D[:, None].to(x.dtype) * x), S
 
@@ -147,7 +147,7 @@ def causal_conv(x, weight, bias, window=None, fast=False):
     x = torch.cat([window.to(x.dtype), x], 1)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.shape[1] == weight.shape[-1]:                       # one new token: one sum over the taps
-        y = (x * weight[:, 0].T).sum(1, keepdim=True)
+        y = (x * weight[:, 0].T.contiguous()).sum(1, keepdim=True)
         y = y if bias is None else y + bias
     else:
         y = DepthwiseConv.apply(x, weight, bias)

@@ -41,10 +41,19 @@ class KV:
     def __init__(self):
         self.k = self.v = self.length = None
         self.used, self.even = 0, True                   # the longest row; whether all rows are as long
+        self.fixed = False
+
+    def fix(self, room):
+        """From here on the buffer has room for `room` tokens, and tensors say where each row writes. So one step is
+        like the next in all but numbers, and can be compiled once."""
+        self.k, self.v = (F.pad(x, (0, 0, 0, room - x.shape[2])) for x in (self.k, self.v))
+        self.used, self.even, self.fixed = room, False, True
 
     def drop(self, n):
         """Forgets the last n tokens of every row; n is a number, or (b,) when rows differ."""
         self.length = self.length - n
+        if self.fixed:
+            return
         if isinstance(n, int):
             self.used -= n
         else:
@@ -57,7 +66,7 @@ class KV:
         if self.k is None:
             self.k, self.v = k.new_zeros(b, heads, 0, e), v.new_zeros(b, heads, 0, e)
             self.length = torch.zeros(b, dtype=torch.long, device=k.device)
-        if self.used + t > self.k.shape[2]:
+        if not self.fixed and self.used + t > self.k.shape[2]:
             self.k, self.v = (F.pad(old, (0, 0, 0, max(self.used, t, 64))) for old in (self.k, self.v))
         self.even = self.even and count is None
         first = self.used if self.even else self.length
@@ -67,7 +76,7 @@ class KV:
             at = (first[:, None] + torch.arange(t, device=k.device))[:, None, :, None]
             self.k.scatter_(2, at.expand_as(k), k)
             self.v.scatter_(2, at.expand_as(v), v)
-        self.used += t
+        self.used += 0 if self.fixed else t
         self.length = self.length + (t if count is None else count)
         return self.k[:, :, :self.used], self.v[:, :, :self.used], first
 
@@ -160,6 +169,12 @@ class Cache:
         self.batch, self.layers = batch, [kinds.get(letter, lambda: None)() for letter in pattern]
         self.last = {}                                   # of an MTP cache with several blocks, see mtp.follow
 
+    def fix(self, room):
+        """Room for so many tokens a row and no more: see KV.fix. Only after something has been read."""
+        for layer in self.layers:
+            if isinstance(layer, KV):
+                layer.fix(room)
+
     def trial(self):
         """The next call reads on trial: what it reads counts only as far as `keep` then says."""
         for layer in self.layers:
@@ -198,11 +213,13 @@ class Nemotron(nn.Module):
         """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no gradient."""
         if cache is not None and len(ids) != cache.batch:
             raise ValueError(f"{len(ids)} rows of tokens for a cache of {cache.batch} rows")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            x = self.backbone.embeddings(ids)
-            for i, block in enumerate(self.backbone.layers):
-                x = block(x, cache and cache.layers[i], count)
-            return self.backbone.norm_f(x)
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.hidden(ids, cache, count)
+        x = self.backbone.embeddings(ids)
+        for i, block in enumerate(self.backbone.layers):
+            x = block(x, cache and cache.layers[i], count)
+        return self.backbone.norm_f(x)
 
     def forward(self, ids, cache=None, count=None):
         return self.logits(self.hidden(ids, cache, count))

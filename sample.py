@@ -39,6 +39,21 @@ def quicken():
         libc.mallopt(-1, 1 << 30)                      # M_TRIM_THRESHOLD: return it only from 1 GiB up
 
 
+def compiled(model):
+    """The decoding step as machine code: `generate(..., step=compiled(model))`. torch.compile fuses what is small and
+    packs the weights as they are now for the CPU's caches; they must not change afterwards. The first token waits for
+    the compiler, half a minute; so does the first of every other batch size, and of every doubling of the text."""
+    from torch._inductor import config, cpp_builder, exc
+    if model.lm_head.weight.device.type != "cpu":
+        raise ValueError(f"a compiled step is for the CPU, and the model is on {model.lm_head.weight.device.type}")
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as e:
+        raise ValueError("a compiled step needs a C++ compiler, g++ or the one that CXX names, and there is none") from e
+    config.freezing = config.max_autotune = config.cpp_wrapper = True        # of this process: weights are constants
+    return torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+
 def choose(logits, temperature=0, top_p=1.0, top_k=0, generator=None):
     """One token a row from logits (b, v). temperature 0 is greedy; top_k, top_p as in `probabilities`."""
     if temperature == 0:
@@ -100,17 +115,20 @@ def check(model, rows, max_new_tokens, temperature, top_p, top_k, prefill):
         raise ValueError(f"token {wrong[0]} is not in the model's vocabulary of {vocab}")
 
 @torch.no_grad()
-def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=None, stop=(), prefill=1024):
+def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=None, stop=(), prefill=1024, step=None):
     """Yields one token a row, (b,) ids on the CPU, until every row has stopped or max_new_tokens are out. A
-    stopped row goes on repeating its stop token. seed makes the draw reproducible, on one kind of device."""
+    stopped row goes on repeating its stop token. seed makes the draw reproducible, on one kind of device.
+    step: `compiled(model)`, or None."""
     check(model, rows, max_new_tokens, temperature, top_p, top_k, prefill)
     device = model.lm_head.weight.device
     g = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.new_cache(len(rows))
     done, stops = None, torch.tensor(sorted(stop), dtype=torch.long)
     for i in range(max_new_tokens):
+        if step and i == 1:
+            cache.fix(1 << (max(map(len, rows)) + max_new_tokens - 1).bit_length())
         logits = (read(model, cache, rows, prefill) if i == 0 else
-                  model(token[:, None].to(device), cache)[:, -1])
+                  (step or model)(token[:, None].to(device), cache)[:, -1])
         new = choose(logits, temperature, top_p, top_k, g).cpu()
         token = new if done is None else torch.where(done, token, new)
         yield token
@@ -185,11 +203,13 @@ def rounds(model, rows, max_new_tokens, speculate, temperature=0, top_p=1.0, top
 
 
 def generate(model, ids, max_new_tokens, temperature=0, top_p=1.0, top_k=0, speculate=0, seed=None, stop=(),
-             prefill=1024, **how):
+             prefill=1024, step=None, **how):
     """Prompts and what follows them. ids: a tensor (b, t), answered with one (b, t + new); or lists of
-    unequal length, answered with lists, cut after their stop token. speculate: see `rounds`."""
+    unequal length, answered with lists, cut after their stop token. speculate: see `rounds`; step: `compiled`."""
     rows = ids.tolist() if torch.is_tensor(ids) else [list(r) for r in ids]
     args = temperature, top_p, top_k, seed, stop, prefill
+    if speculate and step:
+        raise ValueError(f"speculate={speculate}: only plain decoding has a compiled step")
     if speculate:
         for some in rounds(model, [list(r) for r in rows], max_new_tokens, speculate, *args, **how):
             for row, new in zip(rows, some):
@@ -198,7 +218,7 @@ def generate(model, ids, max_new_tokens, temperature=0, top_p=1.0, top_k=0, spec
             long = max(map(len, rows))
             return torch.tensor([r + r[-1:] * (long - len(r)) for r in rows]).to(ids.device)
         return rows
-    new = list(stream(model, rows, max_new_tokens, *args))
+    new = list(stream(model, rows, max_new_tokens, *args, step))
     if torch.is_tensor(ids):
         return torch.cat([ids.cpu(), *(t[:, None] for t in new)], 1).to(ids.device)
     for i, row in enumerate(rows):
@@ -254,6 +274,7 @@ def main(argv=None):
     add("--prefill", type=int, default=1024, help="prompt tokens read at a time: bounds the memory")
     add("--prompt-tokens", type=int, default=0, help="repeat the prompt up to this many tokens")
     add("--speculate", default="0", help="tokens the MTP block drafts a round; auto: what pays; 0: none")
+    add("--compile", action="store_true", help="plain decoding on a CPU through torch.compile; needs a C++ compiler")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights loaded with --hf")
     add("--fast", action="store_true", help="Triton kernels (kernels/); needs a CUDA GPU")
@@ -287,12 +308,15 @@ def main(argv=None):
         how = a.temperature, a.top_p, a.top_k, a.seed, end, a.prefill
         if a.speculate != "auto" and not a.speculate.isdecimal():
             raise ValueError(f"--speculate {a.speculate!r}: a number of drafts, or auto")
+        if a.compile and a.speculate != "0":
+            raise ValueError(f"--compile with --speculate {a.speculate}: only plain decoding has a compiled step")
+        step = compiled(model) if a.compile else None
         d, tally = a.speculate if a.speculate == "auto" else int(a.speculate), mtp.Tally(7)
         if d:
             tally = mtp.Tally(7 if d == "auto" else d)
             pieces = rounds(model, rows, a.max_new_tokens, d, *how, tally=tally)
         else:
-            pieces = ([[t] for t in token.tolist()] for token in stream(model, rows, a.max_new_tokens, *how))
+            pieces = ([[t] for t in token.tolist()] for token in stream(model, rows, a.max_new_tokens, *how, step))
         for some in pieces:
             first, n = first or time.perf_counter() - start, n + max(map(len, some))
             for row, tokens in zip(new, some):

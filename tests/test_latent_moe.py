@@ -13,6 +13,7 @@ from conftest import rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import latent_moe
 from latent_moe import MLP, LatentMoE, grouped_mm, sequence_balance, take_balance, update_bias
 
 
@@ -65,6 +66,20 @@ def test_22_of_512_is_the_loop(latent, b, t):
     moe = build(latent=latent)
     bias_of(moe).copy_(.2 * torch.randn(512, dtype=torch.float64))
     compare(moe, tokens(b, t))
+
+
+@pytest.mark.parametrize("experts,k,latent", [(512, 22, 4), (16, 4, None), (7, 3, 5), (1, 1, 4)])
+def test_few_tokens_meet_all_experts(monkeypatch, experts, k, latent):
+    """In decoding, while k of E for each of m tokens are most experts anyway. One token of Super's 22 of 512 are not."""
+    moe, taken = build(experts, k, latent=latent, norm_topk_prob=k > 1), []
+    wide = latent_moe.Experts.wide
+    monkeypatch.setattr(latent_moe.Experts, "wide", lambda *a: taken.append(len(a[1])) or wide(*a))
+    for m in (1, -(-experts // k), 32, 33):
+        u = tokens(1, m)
+        with torch.no_grad():
+            assert rms(moe(u), oracle(moe, u, normalise=k > 1)) <= 1e-10, m
+        moe(u)                                                       # a gradient is wanted: as in training
+    assert taken == [m for m in (1, -(-experts // k), 32) if m * k >= experts]
 
 
 @pytest.mark.parametrize("experts,k,latent,hidden,norm", [

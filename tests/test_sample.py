@@ -137,6 +137,26 @@ def test_the_size_of_prefill_changes_nothing(lengths):
     assert len({tuple(map(tuple, generate(model, rows, 6, temperature=1., seed=4, prefill=n))) for n in (1, 5, 24)}) == 1
 
 
+@pytest.mark.parametrize("lengths", [(5,), (9, 2, 5)])
+@pytest.mark.parametrize("pattern", ["ME*-M*E", "M"])
+def test_a_cache_of_fixed_room_changes_nothing(pattern, lengths):
+    model = tiny(pattern)
+    rows = prompts(*lengths)
+    assert generate(model, rows, 12, step=model.forward) == generate(model, rows, 12)
+
+
+def test_a_compiled_step_gives_the_same_text():
+    """Through the real compiler, on rows of unequal length; and it is what decodes: without it, no text."""
+    model, rows = tiny(dtype=torch.float32), prompts(9, 2, 5)
+    try:
+        step = sample.compiled(model)
+    except ValueError as e:
+        pytest.skip(str(e))
+    assert generate(model, rows, 8, step=step) == generate(model, rows, 8)
+    with pytest.raises(ValueError, match="only plain decoding"):
+        generate(model, rows, 8, speculate=2, step=step)
+
+
 def test_one_token_is_enough_of_a_prompt():
     model = tiny()
     assert generate(model, [[7]], 5) == [greedy(model, [7], 5)] == generate(model, torch.tensor([[7]]), 5).tolist()
