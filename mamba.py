@@ -196,6 +196,8 @@ class State:
     written: S stays as it is, and what they would write waits in `held` until `keep` knows which were right.
     For Super and 8 tokens that is 26 MB in 40 layers; an S per token would be 1.3 GB.
     """
+    holds = "conv", "S"
+
     def __init__(self):
         self.conv = self.S = self.held = None                                # nothing read yet, that is zeros
         self.trial = False

@@ -38,6 +38,8 @@ class KV:
     Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a row's own
     length is never looked at, so `drop`ping tokens from the end moves no data.
     """
+    holds = "k", "v", "length"
+
     def __init__(self):
         self.k = self.v = self.length = None
         self.used, self.even = 0, True                   # the longest row; whether all rows are as long
@@ -174,6 +176,16 @@ class Cache:
         for layer in self.layers:
             if isinstance(layer, KV):
                 layer.fix(room)
+
+    def tensors(self):
+        """All that it holds, in one list; `put` puts such a list in its place."""
+        return [getattr(x, name) for x in self.layers for name in getattr(x, "holds", ())]
+
+    def put(self, tensors):
+        tensors = iter(tensors)
+        for x in self.layers:
+            for name in getattr(x, "holds", ()):
+                setattr(x, name, next(tensors))
 
     def trial(self):
         """The next call reads on trial: what it reads counts only as far as `keep` then says."""

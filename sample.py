@@ -15,9 +15,13 @@ Sources   temperature 1.0 and top-p 0.95 are the released model's own defaults f
 """
 import argparse
 import codecs
+import contextlib
+import copy
 import ctypes
+import io
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,10 +43,23 @@ def quicken():
         libc.mallopt(-1, 1 << 30)                      # M_TRIM_THRESHOLD: return it only from 1 GiB up
 
 
-def compiled(model):
-    """The decoding step as machine code: `generate(..., step=compiled(model))`. torch.compile fuses what is small and
-    packs the weights as they are now for the CPU's caches; they must not change afterwards. The first token waits for
-    the compiler, half a minute; so does the first of every other batch size, and of every doubling of the text."""
+class Step(torch.nn.Module):
+    """model(ids, cache) as a function of tensors alone, which is what can be exported."""
+    def __init__(self, model, cache):
+        super().__init__()
+        self.model, self.cache = model, copy.deepcopy(cache)
+
+    def forward(self, ids, tensors):
+        self.cache.put(tensors)
+        return self.model(ids, self.cache), self.cache.tensors()
+
+
+def compiled(model, tune=True):
+    """The decoding step as machine code: `generate(..., step=compiled(model))`. torch.export writes down one step,
+    AOTInductor fuses what is small, packs the weights as they are now for the CPU's caches, and has a C++ compiler
+    make a library of it. That takes a minute, at the second token; again for every other batch, or room for text.
+    tune: most of that minute goes into timing ways to do each matrix product."""
+    import torch._inductor as inductor
     from torch._inductor import config, cpp_builder, exc
     if model.lm_head.weight.device.type != "cpu":
         raise ValueError(f"a compiled step is for the CPU, and the model is on {model.lm_head.weight.device.type}")
@@ -50,8 +67,20 @@ def compiled(model):
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as e:
         raise ValueError("a compiled step needs a C++ compiler, g++ or the one that CXX names, and there is none") from e
-    config.freezing = config.max_autotune = config.cpp_wrapper = True        # of this process: weights are constants
-    return torch.compile(model.forward, fullgraph=True, dynamic=False)
+    made = {}
+    def step(ids, cache):
+        args = ids, cache.tensors()
+        shapes = ids.shape, *(x.shape for x in args[1])
+        if shapes not in made:
+            with (tempfile.TemporaryDirectory() as folder, config.patch(freezing=True, max_autotune=tune),
+                  contextlib.redirect_stderr(io.StringIO())):                # it would print every timing
+                program = torch.export.export(Step(model, cache), args)
+                made[shapes] = inductor.aoti_load_package(inductor.aoti_compile_and_package(
+                    program, package_path=f"{folder}/step.pt2"))
+        logits, tensors = made[shapes](*args)
+        cache.put(tensors)
+        return logits
+    return step
 
 
 def choose(logits, temperature=0, top_p=1.0, top_k=0, generator=None):
@@ -132,9 +161,10 @@ def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=
         new = choose(logits, temperature, top_p, top_k, g).cpu()
         token = new if done is None else torch.where(done, token, new)
         yield token
-        done = torch.isin(token, stops) if done is None else done | torch.isin(token, stops)
-        if bool(done.all()):
-            return
+        if stop:
+            done = torch.isin(token, stops) if done is None else done | torch.isin(token, stops)
+            if bool(done.all()):
+                return
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def test_a_compiled_step_gives_the_same_text():
     """Through the real compiler, on rows of unequal length; and it is what decodes: without it, no text."""
     model, rows = tiny(dtype=torch.float32), prompts(9, 2, 5)
     try:
-        step = sample.compiled(model)
+        step = sample.compiled(model, tune=False)
     except ValueError as e:
         pytest.skip(str(e))
     assert generate(model, rows, 8, step=step) == generate(model, rows, 8)
