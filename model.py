@@ -11,10 +11,10 @@ string decides all of it.
 
     super   MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME
 
-In this file: attention and its cache; the model; its initialisation; its costs. Sizes and names: config.py.
-`python model.py --preset super` prints the last for any preset, without allocating a single weight.
+In this file: the model and its cache; its initialisation; its costs. The mixers: a file each. Sizes: config.py.
+`python model.py --preset super` prints the costs of any preset, without allocating a single weight.
 
-Letters   b batch  t time  d model width  h query heads  e head dim  L keys seen so far  v vocabulary
+Letters   b batch  t time  d model width  v vocabulary
 Sources   arXiv:2604.12374 section 2.1 and table 1; names from the released config.json and checkpoint
 Departs   residual stream and parameters are fp32 (matrix products in bf16 under autocast), the release's bf16
 """
@@ -23,116 +23,13 @@ import math
 import zlib
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from attention import KV, Attention
 from config import LETTERS, PRESETS, Config
 from latent_moe import MLP, LatentMoE
 from mamba import Mamba2, State
 from mtp import MTP
-
-
-class KV:
-    """What an attention layer remembers: keys and values (b, kv heads, L, e), and how much each row has read.
-
-    Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a row's own
-    length is never looked at, so `drop`ping tokens from the end moves no data.
-    """
-    holds = "k", "v", "length"
-
-    def __init__(self):
-        self.k = self.v = self.length = None
-        self.used, self.even = 0, True                   # the longest row; whether all rows are as long
-        self.fixed = False
-
-    def fix(self, room):
-        """From here on the buffer has room for `room` tokens, and tensors say where each row writes. So one step is
-        like the next in all but numbers, and can be compiled once."""
-        self.k, self.v = (F.pad(x, (0, 0, 0, room - x.shape[2])) for x in (self.k, self.v))
-        self.used, self.even, self.fixed = room, False, True
-
-    def drop(self, n):
-        """Forgets the last n tokens of every row; n is a number, or (b,) when rows differ."""
-        self.length = self.length - n
-        if self.fixed:
-            return
-        if isinstance(n, int):
-            self.used -= n
-        else:
-            self.used = int(self.length.max())
-            self.even = bool((self.length == self.used).all())
-
-    def append(self, k, v, count=None):
-        """Adds t tokens a row, count (b,) of them real -> all keys, all values, where the t tokens begin."""
-        b, heads, t, e = k.shape
-        if self.k is None:
-            self.k, self.v = k.new_zeros(b, heads, 0, e), v.new_zeros(b, heads, 0, e)
-            self.length = torch.zeros(b, dtype=torch.long, device=k.device)
-        if not self.fixed and self.used + t > self.k.shape[2]:
-            self.k, self.v = (F.pad(old, (0, 0, 0, max(self.used, t, 64))) for old in (self.k, self.v))
-        self.even = self.even and count is None
-        first = self.used if self.even else self.length
-        if self.even:
-            self.k[:, :, first:first + t], self.v[:, :, first:first + t] = k, v
-        else:
-            at = (first[:, None] + torch.arange(t, device=k.device))[:, None, :, None]
-            self.k.scatter_(2, at.expand_as(k), k)
-            self.v.scatter_(2, at.expand_as(v), v)
-        self.used += 0 if self.fixed else t
-        self.length = self.length + (t if count is None else count)
-        return self.k[:, :, :self.used], self.v[:, :, :self.used], first
-
-
-def attend(q, k, v, first):
-    """Causal attention of new queries over all keys: query i of a row is at first + i, and sees up to there.
-
-    q (b, h, t, e)   k, v (b, kv heads, L, e)   first: a number, or (b,) when rows differ   -> (b, h, t, e)
-    """
-    (b, _, t, _), L = q.shape, k.shape[2]
-    even = isinstance(first, int)
-    if even and (t == 1 or first == 0):                                      # one sees all, t a triangle
-        return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1, enable_gqa=True)
-    if even and q.device.type == "cpu" and not any(x.requires_grad for x in (q, k, v)):
-        return attend_in_two(q, k, v, first)
-    out, rows = [], max(1, 2 ** 22 // (b * L))                               # the mask stays small
-    for i in range(0, t, rows):
-        n = min(rows, t - i)
-        end = first + i + n if even else L
-        at = torch.arange(i, i + n, device=q.device)
-        at = at + (first if even else first[:, None, None])                  # (n,) or (b, 1, n)
-        mask = torch.arange(end, device=q.device) <= at[..., None]           # (n, end) or (b, 1, n, end)
-        seen = k[:, :, :end], v[:, :, :end]
-        out.append(F.scaled_dot_product_attention(q[:, :, i:i + n], *seen, mask, enable_gqa=True))
-    return torch.cat(out, 2)
-
-
-def attend_in_two(q, k, v, first):
-    """The same of even rows, without a mask, so that its cost is the products' at any length: the keys before the
-    queries, of which every query sees all, and the queries' own, a triangle. A softmax over both is a mean of the
-    two, weighted by the sums of exponentials below each, whose logs torch's CPU kernel also gives."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu       # (y, log of the sum); no gradient of it
-    past, own = (flash(q, k[:, :, part], v[:, :, part], 0.0, causal)
-                 for part, causal in ((slice(first), False), (slice(first, None), True)))
-    both = torch.logaddexp(past[1], own[1])                                  # (b, h, t)
-    return sum(y * (log - both).exp()[..., None].to(y.dtype) for y, log in (past, own))
-
-
-class Attention(nn.Module):
-    """Grouped-query causal attention without positions: many query heads share few key and value heads."""
-    def __init__(self, d, heads, kv_heads, head_dim):
-        super().__init__()
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(d, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, d, bias=False)
-        self.attend = attend                             # seam: parallel.py's, for slices of a sequence
-
-    def forward(self, u, cache=None, count=None):                            # (b, t, d) -> (b, t, d)
-        q, k, v = (proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (b, h or kv heads, t, e)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = self.attend(q, *((k, v, 0) if cache is None else cache.append(k, v, count)))
-        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

@@ -48,7 +48,8 @@ import data
 import latent_moe
 import mamba
 import mtp
-from model import Attention, Block, Nemotron, attend, init_weights
+from attention import Attention, attend
+from model import Block, Nemotron, init_weights
 
 ROWS = 1024                                                  # of logits at a time, with --recompute
 

@@ -66,7 +66,7 @@ def compiled(model, tune=True):
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as e:
-        raise ValueError("a compiled step needs a C++ compiler, g++ or the one that CXX names, and there is none") from e
+        raise ValueError("a compiled step needs a C++ compiler (g++, or the one that CXX names): there is none") from e
     made = {}
     def step(ids, cache):
         args = ids, cache.tensors()

@@ -15,11 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # file: (ours it may import, lines it may have)
 HOUSE = {
-    "config": ((), 200), "mamba": ((), 310), "latent_moe": ((), 250), "mtp": ((), 280), "tokenizer": ((), 240),
-    "checkpoint": ((), 190), "data": (("tokenizer",), 280), "model": (("config", "latent_moe", "mamba", "mtp"), 360),
+    "config": ((), 200), "attention": ((), 160), "mamba": ((), 310), "latent_moe": ((), 250), "mtp": ((), 280), "tokenizer": ((), 240),
+    "checkpoint": ((), 190), "data": (("tokenizer",), 280), "model": (("attention", "config", "latent_moe", "mamba", "mtp"), 300),
     "hf": (("config", "model"), 210), "nvfp4": ((), 520), "plot": (("checkpoint",), 100),
     "sample": (("checkpoint", "data", "hf", "model", "mtp"), 390), "heal": (("checkpoint", "data", "mtp", "sample"), 130),
-    "parallel": (("data", "latent_moe", "mamba", "model", "mtp"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
+    "parallel": (("attention", "data", "latent_moe", "mamba", "model", "mtp"), 300), "shards": (("checkpoint", "hf", "model", "parallel"), 160),
     "budget": (("config",), 190), "dryrun": (("budget", "model", "parallel"), 210),
     "train": (("checkpoint", "data", "dryrun", "latent_moe", "mtp", "model", "nvfp4", "parallel", "plot", "sample",
                "shards"), 500),
@@ -105,7 +105,7 @@ def run(*args, cwd):
                           env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"})
 
 
-@pytest.mark.parametrize("name", ["config", "budget", "mamba", "latent_moe", "mtp", "nvfp4", "tokenizer", "checkpoint", "data", "model", "hf"])
+@pytest.mark.parametrize("name", ["config", "budget", "attention", "mamba", "latent_moe", "mtp", "nvfp4", "tokenizer", "checkpoint", "data", "model", "hf"])
 def test_every_concept_file_runs_by_itself(name, tmp_path):
     before = os.times()
     done = run(ROOT / f"{name}.py", *["--preset", "toy"] * (name == "model"), cwd=tmp_path)
