@@ -6,6 +6,7 @@ nothing has been let go of yet; or where it ends: all gradients are there.
 
     peak = max(12 P + kept + loss,  12 P + kept + words + work,  16 P + words + work)   bytes
                                                             (without MTP the larger of words and work is enough)
+           with several pieces to a step (--micro) always 16 P: the gradients of the first are there
 
     12 P     the parameters and AdamW's two moments in fp32; the gradients make it 16 P
     kept     what the gradients of all layers need (`keeps`); with recompute only their inputs, 4 d t each
@@ -93,7 +94,7 @@ def reckon(run, c):
         return t * (widest + late + keep * run.recompute) + 4 * W + max(4 * W, 4 * v * d)
     words, busy = 8 * v * d, max(map(work, set(used)))
     begin = max(loss, t * 30 * d * max(0, depths - 1) + (words if depths else 0) + busy)
-    peak = max(12 * P + kept + begin, 16 * P + (words + busy if depths else max(words, busy)))
+    peak = max((12 if times == 1 else 16) * P + kept + begin, 16 * P + (words + busy if depths else max(words, busy)))
 
     # 3. What is sent: matrices gathered forwards and backwards, in bf16, their gradients summed in fp32; tokens
     #    to their experts and back, queries to a mirror rank and back, S to the right.

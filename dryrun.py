@@ -109,6 +109,7 @@ def balanced(send, group):
 def step(run, config, optimiser, losses):
     """One real training step of rank 0 under fake tensors -> dict of what was seen."""
     rows = min(run.micro or run.batch, run.batch * run.cp // run.world)
+    pieces = run.batch * run.cp // (run.world * rows)
     world = parallel.World(run.ep, run.cp)
     with torch.device("meta"):
         model = Nemotron(config)
@@ -120,21 +121,29 @@ def step(run, config, optimiser, losses):
         opt = optimiser(model, run)
         ids = torch.zeros(rows, t + 1 + depths, dtype=torch.long)
         mask = torch.ones(rows, t + depths, dtype=torch.bool)
-        def once():
+        def piece():
             with torch.autocast("cpu", torch.bfloat16):
                 parts = losses(model, ids, mask, t)
             (sum(parts) + parallel.latent_moe.take_balance(model)).backward()
+        def finish():
             world.clip(list(model.parameters()), 1.0)
             opt.step()
             opt.zero_grad(set_to_none=True)
-        once()                                               # makes the moments, and what DTensor keeps for itself
+        piece()
+        finish()                                             # makes the moments, and what DTensor keeps for itself
         moments = [m for state in opt.state.values() for m in state.values() if isinstance(m, torch.Tensor)]
         meter = Meter([parallel.local(x) for x in (*model.parameters(), *model.buffers(), *moments)])
         states = meter.alive
         with meter:
-            once()
+            piece()
+            one = Counter(meter.sent, flops=meter.flops)
+            if pieces > 1:                                   # beside the gradients of the first, and so are the rest
+                piece()
+            finish()
     held = sum(parallel.local(p).numel() for p in model.parameters())
-    return dict(parameters=held, states=states, peak=meter.peak, flops=meter.flops, **meter.sent)
+    seen = Counter(meter.sent, flops=meter.flops)
+    more = {k: (pieces - 2) * (seen[k] - one[k]) if pieces > 2 else 0 for k in seen}
+    return dict(parameters=held, states=states, peak=meter.peak, **{k: n + more[k] for k, n in seen.items()})
 
 
 def follow(run, c, optimiser, losses):

@@ -269,8 +269,7 @@ class World:
 
     def step(self, model, tokens, step, run, cast, micro, backward):
         """Gradients of the global batch, clipped -> nats of each depth, balance, norm. Loads of all are noted."""
-        T = run.short if run.short and step % 2 == 0 else run.length         # the long-context stage alternates
-        depths = model.mtp.depths if model.mtp else 0
+        T, depths = run.length_at(step), model.mtp.depths if model.mtp else 0
         counts = [run.batch * (T - k) for k in range(depths + 1)]
         ids = data.batch(tokens, run.seed, step, run.batch, T + 1, self.place, self.dp).to(self.device)
         pieces = [self.rows(piece, depths) for piece in ids.split(micro)]

@@ -104,6 +104,10 @@ class Run:
     def folder(self):
         return Path(self.out) / (self.name or self.preset)
 
+    def length_at(self, step):
+        """Tokens of each of this step's sequences. The long-context stage alternates: every even step is short."""
+        return self.short if self.short and step % 2 == 0 else self.length
+
 # What a preset needs that differs from the above. nano and super: the report's own recipe.
 REPORT = dict(tokenizer="nemotron", length=8192, batch=3072, micro=1, steps=993_404, warmup=.008, decay=.2,
               eval_every=1000, save_every=1000, eval_tokens=1 << 24, precision="bf16")
@@ -300,6 +304,9 @@ def fit(run, say=print, world=None):
                          + f" x {ranks} ranks" * (ranks > 1))
     if not world and (run.ep, run.cp, run.recompute, run.short) != (1, 1, False, 0):
         raise ValueError("--ep, --cp, --recompute and --short want many ranks: torchrun ... train.py ...")
+    if world:                                                                # a length that does not cut is refused
+        for t in {run.length_at(1), run.length_at(2)}:
+            world.rows(torch.zeros(1, t + 1, dtype=torch.long), 0)
     if not run.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run: --resume goes on with it, --name starts another")
     writer = parts = None
@@ -338,6 +345,8 @@ def fit(run, say=print, world=None):
     quantise(model, recipe, run, say)
     opt = optimiser(model, run)
     start, rows, tokens_of_experts = saved["step"] if saved else 0, [], []
+    old = saved["run"] if saved else asdict(run)
+    seen = saved.get("tokens", start * old["batch"] * old["length"]) if saved else 0     # tokens so far
     if saved and world:
         shards.load(parts, model, opt)
     elif saved:
@@ -362,7 +371,7 @@ def fit(run, say=print, world=None):
     counts, per_id = [n * run.batch for n in counts], data.token_bytes(enc)
     names = [n.removesuffix(".mixer").replace("backbone.layers.", "layer ").replace("mtp.layers.", "MTP ")
              for n, m in model.named_modules() if isinstance(m, latent_moe.LatentMoE)]
-    clock, last, end = time.perf_counter(), start, min(run.steps, run.stop or run.steps)
+    clock, last, end = time.perf_counter(), (start, seen), min(run.steps, run.stop or run.steps)
     model.train()
     for step in range(start + 1, end + 1):
         for group in opt.param_groups:
@@ -386,13 +395,14 @@ def fit(run, say=print, world=None):
         loads = [m.load for m in latent_moe.layers(model)]
         tokens_of_experts.append(torch.stack(loads) if loads else torch.zeros(0))
         vio = latent_moe.update_bias(model, run.bias_rate) or [(0.0, 0)]
+        seen += run.batch * run.length_at(step)
 
         # 4. The log: a line now and then, an evaluation and a checkpoint less often.
         if log or look:
             now = time.perf_counter()
-            pace, clock, last = (now - clock) / (step - last), now, step     # seconds a step
-            rate, left = run.batch * run.length / pace, (end - step) * pace
-            row = dict(step=step, tokens=step * run.batch * run.length, seconds=now - began, lr=group["lr"],
+            pace, rate = (now - clock) / (step - last[0]), (seen - last[1]) / (now - clock)    # seconds a step
+            left, clock, last = (end - step) * pace, now, (step, seen)
+            row = dict(step=step, tokens=seen, seconds=now - began, lr=group["lr"],
                        train_nats=nats[0], val_nats="", val_bpb="",
                        **{f"mtp{k}_nats": n for k, n in enumerate(nats) if k}, balance=balance,
                        max_vio=sum(v for v, _ in vio) / len(vio), max_vio_worst=max(v for v, _ in vio),
@@ -414,7 +424,7 @@ def fit(run, say=print, world=None):
             write(folder / "load.json", lambda f: f.write(load))
             if first:
                 checkpoint.write_log(folder / "log.csv", rows)               # before the checkpoint: it may run ahead
-            state = dict(rng=torch.get_rng_state(), config=asdict(config), run=asdict(run), step=step,
+            state = dict(rng=torch.get_rng_state(), config=asdict(config), run=asdict(run), step=step, tokens=seen,
                          tokenizer=data.pack(enc), corpus_sha256=corpus.sha256)
             if world:
                 writer.save(folder, step, model, opt, state, run.keep)
@@ -464,7 +474,8 @@ def cli(argv=None):
         if run.dry_run:
             import dryrun
             config = configure(run, Config.preset(run.preset).vocab_size)
-            dryrun.predict(run, say, config, optimiser, losses)
+            for t in sorted({run.length_at(1), run.length_at(2)}):
+                dryrun.predict(replace(run, length=t, short=0), say, config, optimiser, losses)
         elif "TORCHELASTIC_RUN_ID" in os.environ:                            # torchrun started this process
             import parallel
             parallel.run(run, fit, say)

@@ -111,7 +111,7 @@ def main():
     x, w = torch.randn(2048, 1024), torch.randn(1024, 1024)
     rate = 2 * x.numel() * 1024 / turns([lambda: x @ w], 50)[0]
     flops = counted.get_total_flops()
-    print(f"products of a training step: {flops / 1e9:.1f} GFLOP, {1e3 * flops / rate:.0f} ms at {rate / 1e9:.0f} GFLOP/s; "
+    print(f"products of a step: {flops / 1e9:.1f} GFLOP, {1e3 * flops / rate:.0f} ms at {rate / 1e9:.0f} GFLOP/s; "
           f"ours takes {1e3 * train[2]:.0f} ms in all, half of transformers' {500 * min(train[:2]):.0f}")
 
 

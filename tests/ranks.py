@@ -1,4 +1,7 @@
-"""Run by torchrun from test_parallel.py: N processes against one, everything compared; a piece broken by its name."""
+"""Run by torchrun from test_parallel.py: N processes against one, everything compared; a piece broken by its name.
+
+A case is ep,cp,skew,recompute,how. how: nothing; uneven, bf16; or what is broken.
+"""
 import json
 import sys
 from contextlib import nullcontext
@@ -41,16 +44,26 @@ def prepare(model, skew):
             p[:2] += 100.0
 
 
-def steps(model, opt, world, n, first=0, noted=True):
+def targets(how):
+    """Which tokens are to be predicted, (batch, length + 1): all, or few in front and many behind."""
+    some = torch.ones(RUN.batch, RUN.length + 1, dtype=torch.long)
+    if how == "uneven":
+        some[0, 6:], some[1], some[3, 21:] = 0, 0, 0
+    return some
+
+
+def steps(model, opt, world, n, first=0, noted=True, how="", cast=nullcontext):
     """n steps as train.fit takes them -> a list of (losses, balance, norm) and the first step's gradients."""
-    out, grads, depths = [], None, CONFIG.mtp_num_layers
-    counts = [c * RUN.batch for c in mtp.counts(torch.ones(1, RUN.length, dtype=torch.bool), depths)]
+    out, grads, depths, some = [], None, CONFIG.mtp_num_layers, targets(how)
+    counts = mtp.counts(some[:, 1:].bool(), depths)
     for step in range(first, first + n):
         ids = torch.randint(40, (RUN.batch, RUN.length + 1), generator=torch.Generator().manual_seed(step))
-        if world:
-            ids = ids.chunk(world.dp)[world.place]
-        pieces = [world.rows(p, depths) if world else (p,) for p in ids.split(1)]
-        nats, even = train.backward(model, pieces, counts, RUN, nullcontext)
+        mine = [x.chunk(world.dp)[world.place] if world else x for x in (ids, some)]
+        pieces = []
+        for piece, asked in zip(*(x.split(1) for x in mine)):
+            ids, mask, t = world.rows(piece, depths) if world else (piece, asked[:, 1:].bool(), None)
+            pieces.append((ids, mask & world.rows(asked, depths)[0][:, 1:].bool() if world else mask, t))
+        nats, even = train.backward(model, pieces, counts, RUN, cast)
         if world:
             *nats, even = world.total([*nats, even])
             if noted:
@@ -70,23 +83,62 @@ def distance(got, want):
     return max(float((whole(got[k]).double() - want[k].double()).norm() / (want[k].double().norm() + 1e-12)) for k in want)
 
 
-def compare(world, skew, again, n, broken):
-    one = Nemotron(CONFIG)
-    prepare(one, skew)
-    want, grads = steps(one, train.optimiser(one, RUN), None, n)
-    many = world.model(CONFIG, again=again)
+def alone(skew, n, how, cast):
+    model = Nemotron(CONFIG)
+    prepare(model, skew)
+    return *steps(model, train.optimiser(model, RUN), None, n, how=how, cast=cast), model.state_dict()
+
+
+def apart(got, want):
+    """The largest relative differences of what alone() returns."""
+    a, b = torch.tensor(got[0]), torch.tensor(want[0])
+    return dict(first=float(((a[0] - b[0]) / b[0]).abs().max()), loss=float(((a - b) / b).abs().max()),
+                grad=distance(got[1], want[1]), end=distance(got[2], want[2]))
+
+
+def kinds(tensors):
+    return sorted({str(parallel.local(x).dtype) for x in tensors})
+
+
+def compare(world, skew, again, n, how):
+    bf16 = how in ("bf16", "narrow")
+    cast = (lambda: torch.autocast("cpu", torch.bfloat16)) if bf16 else nullcontext
+    want = alone(skew, n, how, cast)
+    many = world.model(CONFIG, bf16=bf16, again=again)
     assert distance(dict(many.named_parameters()), dict(Nemotron(CONFIG).named_parameters())) == 0      # same initialisation
     prepare(many, skew)
-    got, mine = steps(many, train.optimiser(many, RUN), world, n, noted=broken != "loads")
-    got, want = torch.tensor(got), torch.tensor(want)
-    return dict(first=float(((got[0] - want[0]) / want[0]).abs().max()), loss=float(((got - want) / want).abs().max()),
-                grad=distance(mine, grads), end=distance(many.state_dict(), one.state_dict()))
+    opt, exchange, came, summed, gathered = train.optimiser(many, RUN), parallel.exchange, [], [], []
+    def noting(rows, count, group):
+        out = exchange(rows, count, group)
+        came.append(len(out[0]))
+        return out
+    kept = dist.reduce_scatter_single, dist.all_gather_single
+    def reduce(output, input, **more):
+        summed.append(input)
+        return kept[0](output, input, **more)
+    def gather(output, input, **more):
+        gathered.append(input)
+        return kept[1](output, input, **more)
+    try:
+        parallel.exchange, dist.reduce_scatter_single, dist.all_gather_single = noting, reduce, gather
+        got = *steps(many, opt, world, n, noted=how != "loads", how=how, cast=cast), many.state_dict()
+    finally:
+        parallel.exchange, (dist.reduce_scatter_single, dist.all_gather_single) = exchange, kept
+    each = lambda x: world.total([x * (r == world.rank) for r in range(world.size)])                    # by rank
+    t = RUN.length // (world.slice.size if world.slice else 1)
+    mine = [world.rows(x, 0)[0][:, 1:] for x in targets(how).chunk(world.dp)[world.place].split(1)]
+    found = dict(apart(got, want), rows=each(sum(came)), targets=each(float(sum(x[:, :t].sum() for x in mine))))
+    if bf16:
+        found.update(rounding=apart(want, alone(skew, n, how, nullcontext)), summed=kinds(summed), gathered=kinds(gathered),
+                     weights=kinds(many.parameters()), gradients=kinds(got[1].values()),
+                     moments=kinds(m for s in opt.state.values() for m in s.values()))
+    return found
 
 
 def main():
     for line in sys.argv[1:]:
-        ep, cp, skew, again, broken = line.split(",")
-        world = parallel.World(int(ep), int(cp))
+        ep, cp, skew, again, how = line.split(",")
+        world, broken = parallel.World(int(ep), int(cp)), how not in ("", "uneven", "bf16") and how
         keep = {k: getattr(parallel.Slice, k) for k in ("shift", "conv", "scan", "attend", "whole")} if broken else {}
         if broken == "halo":
             parallel.Slice.conv = lambda self, *a, **k: parallel.mamba.causal_conv(*a, **k)
@@ -96,15 +148,17 @@ def main():
             parallel.Slice.attend = lambda self, *a: parallel.attend(*a)
         elif broken == "balance":
             parallel.Slice.whole = lambda self, count, t: (count, t)
-        exchange, rows = parallel.exchange, parallel.World.rows
+        exchange, rows, policy = parallel.exchange, parallel.World.rows, parallel.MixedPrecisionPolicy
         if broken == "dispatch":
             parallel.exchange = lambda rows, count, group: (rows, count.view(group.size(), -1).sum(0), lambda out: out)
         elif broken == "targets":
             parallel.World.rows = lambda self, ids, depths: (lambda i, m, t: (i[:, :t + 1], m[:, :t], t))(*rows(self, ids, depths))
-        result = compare(world, int(skew), bool(int(again)), 2 if broken else 5, broken)
+        elif broken == "narrow":
+            parallel.MixedPrecisionPolicy = lambda kind, reduced, **more: policy(kind, kind, **more)
+        result = compare(world, int(skew), bool(int(again)), 2 if broken else 5, how)
         for k, f in keep.items():
             setattr(parallel.Slice, k, f)
-        parallel.exchange, parallel.World.rows = exchange, rows
+        parallel.exchange, parallel.World.rows, parallel.MixedPrecisionPolicy = exchange, rows, policy
         if world.rank == 0:
             print(json.dumps(dict(case=line, **result)), flush=True)
 

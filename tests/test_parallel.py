@@ -2,20 +2,26 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import checkpoint
+import data
 import dryrun
 import hf
+import mtp
 import parallel
 import train
 from model import Config, Nemotron
@@ -58,6 +64,26 @@ def test_many_ranks_are_one(n, cases):
     assert set(found) == set(cases) and all(map(same, found.values())), found
 
 
+def test_ranks_with_uneven_counts_are_one():
+    """A rank that no token comes to, its experts idle; ranks with few and with many targets: over sequences, over time."""
+    idle, slices = "2,1,1,0,uneven", "1,2,0,0,uneven"
+    found = ranks(2, idle, slices)
+    assert all(map(same, found.values())) and len(found) == 2, found
+    assert found[idle]["rows"][0] > found[idle]["rows"][1] == 0
+    assert found[idle]["targets"] == [5, 52] and found[slices]["targets"] == [37, 20]
+
+
+def test_ranks_in_bf16_are_one_in_bf16():
+    """Nearer to one process under autocast than that is to fp32; weights, summed gradients, moments: fp32."""
+    case, narrow = "2,2,0,1,bf16", "2,1,0,0,narrow"
+    found = ranks(2, case, narrow)
+    r, wide = found[case], ["torch.float32"]
+    assert all(10 * r[k] < r["rounding"][k] for k in ("first", "loss", "grad")) and 2 * r["end"] < r["rounding"]["end"], r
+    assert r["weights"] == r["gradients"] == r["moments"] == r["summed"] == wide
+    assert r["gathered"] == ["torch.bfloat16", "torch.float32"]              # matrices narrow, the rest as it is
+    assert found[narrow]["summed"] != wide                                   # a sum in bf16 would be seen
+
+
 @unsteady
 def test_this_file_can_fail():
     """Without halo, state, keys, whole counts, dispatch, the targets behind the edge, or everybody's loads."""
@@ -73,6 +99,66 @@ def log(folder):
 def alike(a, b):
     return all(abs(a[s][k] - b[s][k]) <= 2e-5 * abs(b[s][k]) for s in b for k in
                ("train_nats", "mtp1_nats", "mtp2_nats", "balance", "grad_norm")) and set(a) == set(b)
+
+
+def stage():
+    """The README's arguments for the long-context stage's second half and its dry run, and where the first half ends."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if "--short" in line and "train.py" in line]
+    real, dry = (next(line for line in lines if line.startswith(who)) for who in ("torchrun", "python"))
+    return [shlex.split(line.split("train.py")[1]) for line in (real, dry)], int(re.search(r"`--steps (\d+)`", text)[1])
+
+
+def test_the_long_context_stage_of_the_readme(monkeypatch, tmp_path):
+    """It goes on from the pretrained run with a rate that is constant, every second batch is short, and both halves fit."""
+    (real, dry), half = stage()
+    runs, said = [], []
+    before = train.Run(**{**train.RECIPES["super"], "preset": "super"})
+    (tmp_path / "super").mkdir()
+    (tmp_path / "super/config.json").write_text(json.dumps(dict(run=asdict(before))))
+    monkeypatch.setattr(train, "fit", lambda run, say: runs.append(run))
+    train.cli([*real, "--out", str(tmp_path)])
+    run, = runs
+    steps = range(before.steps + 1, run.steps + 1)
+    assert {train.learning_rate(t, run) for t in steps} == {4.5e-6} and len(steps) > 1000
+    assert [run.length_at(t) for t in (1, 2, 3, 4)] == [1048576, 4096, 1048576, 4096]
+    tokens = [sum(run.batch * t for t in lengths) / 1e9 for lengths in (                              # as in the report
+        [run.length] * (half - before.steps), [run.length_at(t) for t in range(half + 1, run.steps + 1)])]
+    assert [round(t) for t in tokens] == [34, 17], tokens
+    predict = dryrun.predict
+    monkeypatch.setattr(dryrun, "predict", lambda *a: said.append((a[0], predict(*a))))
+    train.cli([*dry, "--quick"])
+    same = "ep", "cp", "recompute", "batch", "micro", "precision"
+    for run_of, seen in said:
+        assert all(getattr(run_of, k) == getattr(run, k) for k in same) and seen["peak"] < .95 * dryrun.GPUS[run_of.gpu][0]
+    assert sorted(r.length for r, _ in said) == [4096, 1048576]
+
+
+def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
+    """Every second batch is short: nats are over its own targets, and the log adds up what was read."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        world, run = parallel.World(), train.Run(batch=3, length=16, short=8)
+        model, text = world.model(replace(Config.preset("toy"), vocab_size=40)), torch.randint(40, (500,)).numpy()
+        for step, t in ((1, 16), (2, 8), (3, 16)):
+            nats, _, _ = world.step(model, text, step, run, nullcontext, 1, train.backward)
+            model.zero_grad()
+            ids = data.batch(text, run.seed, step, run.batch, t + 1)
+            with torch.no_grad():
+                want = [s / n for s, n in zip(train.losses(model, ids), mtp.counts(torch.ones(3, t, dtype=torch.bool), 2))]
+            torch.testing.assert_close(torch.tensor(nats), torch.tensor(want))
+    finally:
+        dist.destroy_process_group()
+    stage = [*RUN, "--steps", 4, "--short", 8, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--out", tmp_path]
+    torchrun(1, "train.py", *stage, "--name", "one")
+    torchrun(2, "train.py", *stage, "--name", "two", "--cp", 2, "--stop", 3)
+    torchrun(2, "train.py", "--resume", "--name", "two", "--out", tmp_path, "--cp", 1, "--ep", 2)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert alike(two, one)
+    for rows in (one, two):
+        assert [rows[s]["tokens"] for s in (1, 2, 3, 4)] == [64, 96, 160, 192] and {r["lr"] for r in rows.values()} == {1e-3}
+    refused = torchrun(2, "train.py", *stage, "--name", "three", "--cp", 2, "--short", 6, check=False)
+    assert refused.returncode and "--length 6 does not cut into 2 equal slices of at least 4 tokens" in refused.stderr
 
 
 def test_resuming_on_fewer_ranks_goes_on_with_the_same_curve(tmp_path):
