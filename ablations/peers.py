@@ -93,6 +93,7 @@ def main():
     p.add_argument("--no-compile", action="store_true", help="leave out the compiled step")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
+    sample.quicken()                                     # both sides: it is the process that keeps its memory
     torch.manual_seed(0)
     peers = {"transformers, eager experts": theirs("eager"), "transformers, grouped_mm experts": theirs("grouped_mm"),
              "ours": ours(False)}
