@@ -89,7 +89,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(c.device.type):                         # as a Linear does of itself
             c = c.to(torch.get_autocast_dtype(c.device.type))
         (m, k), E = pick.shape, len(self.up_proj)
-        if m <= FEW and m * k >= E and not (torch.is_grad_enabled() or self.exchange) and self.mm is grouped_mm:
+        few = m <= FEW and m * k >= E or torch.compiler.is_exporting()       # which cannot follow who chose whom
+        if few and not (torch.is_grad_enabled() or self.exchange) and self.mm is grouped_mm:
             return self.wide(c, pick, gate)
         order = pick.flatten().argsort(stable=True)                          # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)                                 # (m*k, l)   each slot's token

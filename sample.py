@@ -347,8 +347,10 @@ def main(argv=None):
             pieces = rounds(model, rows, a.max_new_tokens, d, *how, tally=tally)
         else:
             pieces = ([[t] for t in token.tolist()] for token in stream(model, rows, a.max_new_tokens, *how, step))
+        begin = 2 if step else 1                                             # the second token waits for the compiler
         for some in pieces:
-            first, n = first or time.perf_counter() - start, n + max(map(len, some))
+            n += max(map(len, some))
+            first = time.perf_counter() - start if first is None and n >= begin else first
             for row, tokens in zip(new, some):
                 for t in tokens:
                     if not (row and row[-1] in end):
@@ -371,9 +373,9 @@ def main(argv=None):
         print(f"[mean accepted length {tally.tokens / tally.rounds:.2f}; of the drafts reached stood "
               + ", ".join(f"{k}: {s / r:.2f}" for k, (r, s) in enumerate(zip(tally.reached, tally.stood)) if k and r)
               + f"; {plain * (max(map(len, new)) - 1) / took:.2f} times as fast as plain decoding]", file=sys.stderr)
-    if n > 1:
-        print(f"[{sum(map(len, rows)):,} prompt tokens in {first:.2f} s; "
-              f"{len(rows) * (n - 1) / took:,.0f} tokens/s after]", file=sys.stderr)
+    if n > begin:
+        print(f"[{sum(map(len, rows)):,} prompt tokens{' and the compiler' * bool(step)} in {first:.2f} s; "
+              f"{len(rows) * (n - begin) / took:,.0f} tokens/s after]", file=sys.stderr)
 
 
 if __name__ == "__main__":
