@@ -1,7 +1,7 @@
 """
 Our readable code beside transformers' on a CPU: the same small Nemotron, trained and sampled from, in fp32.
 
-    python ablations/peers.py                       about four minutes on two cores, most of them the compiler's
+    python ablations/peers.py                       about two minutes on two cores, half of them the compiler's
 
 Both sides take turns, so that whatever else the machine does hits both; the table shows medians. A step is forward,
 backward, clipping and AdamW on 8 x 256 random tokens, ours with the balance loss and the routers' biases besides.
