@@ -112,7 +112,9 @@ def compare(world, skew, again, n, how):
         out = exchange(rows, count, group)
         came.append(len(out[0]))
         return out
-    kept = dist.reduce_scatter_single, dist.all_gather_single
+    names = [f"{kind}_single" if hasattr(dist, f"{kind}_single") else older for kind, older in (                # since torch 2.13
+        ("reduce_scatter", "reduce_scatter_tensor"), ("all_gather", "all_gather_into_tensor"))]
+    kept = [getattr(dist, name) for name in names]
     def reduce(output, input, **more):
         summed.append(input)
         return kept[0](output, input, **more)
@@ -120,10 +122,14 @@ def compare(world, skew, again, n, how):
         gathered.append(input)
         return kept[1](output, input, **more)
     try:
-        parallel.exchange, dist.reduce_scatter_single, dist.all_gather_single = noting, reduce, gather
+        parallel.exchange = noting
+        for name, new in zip(names, (reduce, gather)):
+            setattr(dist, name, new)
         got = *steps(many, opt, world, n, noted=how != "loads", how=how, cast=cast), many.state_dict()
     finally:
-        parallel.exchange, (dist.reduce_scatter_single, dist.all_gather_single) = exchange, kept
+        parallel.exchange = exchange
+        for name, old in zip(names, kept):
+            setattr(dist, name, old)
     each = lambda x: world.total([x * (r == world.rank) for r in range(world.size)])                    # by rank
     t = RUN.length // (world.slice.size if world.slice else 1)
     mine = [world.rows(x, 0)[0][:, 1:] for x in targets(how).chunk(world.dp)[world.place].split(1)]
