@@ -1,8 +1,9 @@
 """Run by torchrun from test_parallel.py: N processes against one, everything compared; a piece broken by its name.
 
-A case is ep,cp,skew,recompute,how. how: nothing; uneven, bf16; or what is broken.
+A case is ep,cp,skew,recompute,how. how: nothing; uneven, bf16, abort (a worker dies, once); or what is broken.
 """
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -144,7 +145,10 @@ def compare(world, skew, again, n, how):
 def main():
     for line in sys.argv[1:]:
         ep, cp, skew, again, how = line.split(",")
-        world, broken = parallel.World(int(ep), int(cp)), how not in ("", "uneven", "bf16") and how
+        world, broken = parallel.World(int(ep), int(cp)), how not in ("", "uneven", "bf16", "abort") and how
+        restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if how == "abort" and world.rank and not restarts:
+            os.abort()
         keep = {k: getattr(parallel.Slice, k) for k in ("shift", "conv", "scan", "attend", "whole")} if broken else {}
         if broken == "halo":
             parallel.Slice.conv = lambda self, *a, **k: parallel.mamba.causal_conv(*a, **k)
@@ -166,7 +170,7 @@ def main():
             setattr(parallel.Slice, k, f)
         parallel.exchange, parallel.World.rows, parallel.MixedPrecisionPolicy = exchange, rows, policy
         if world.rank == 0:
-            print(json.dumps(dict(case=line, **result)), flush=True)
+            print(json.dumps(dict(case=line, restarts=restarts, **result)), flush=True)
 
 
 if __name__ == "__main__":

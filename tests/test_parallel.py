@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -38,30 +40,38 @@ RUN = ["--model", MODEL, "--data", "copy", "--tokenizer", "bytes", "--steps", "6
 def torchrun(n, *args, restarts=0, check=True):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--max-restarts",
                restarts, *args]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def ranks(n, *cases):
-    return {r["case"]: r for line in torchrun(n, "tests/ranks.py", *cases).stdout.splitlines() if line.startswith("{")
-            for r in [json.loads(line)]}
+    """What tests/ranks.py finds. In about one of 20 runs a worker dies of a damaged heap somewhere in torch's gloo ("malloc():
+    unaligned tcache chunk"; nothing here is compiled); then torchrun starts all of them over, and a warning says so."""
+    lines = torchrun(n, "tests/ranks.py", *cases, restarts=2).stdout.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    if again := max(r.pop("restarts") for r in found):
+        warnings.warn(f"a worker died, and all {n} were started over, {again} times")
+    return {r["case"]: r for r in found}
 
 
 def same(r):
     return r["first"] < 1e-5 and r["loss"] < 1e-5 and r["grad"] < 1e-5 and r["end"] < 1e-5
 
 
-# Slow until its cause is known: now and then a worker of these dies of a damaged heap ("malloc(): unaligned tcache").
-unsteady = pytest.mark.slow
-
-
-@pytest.mark.parametrize("n, cases", [
-    (2, ["2,1,0,0,", "1,2,1,1,"]), pytest.param(4, ["2,2,0,1,", "4,4,1,0,"], marks=unsteady)])
-def test_many_ranks_are_one(n, cases):
+@pytest.mark.parametrize("n", [2, 4])
+def test_many_ranks_are_one(n):
     """ep,cp,skew,recompute: loss, every gradient and five steps, MTP on. skew: all tokens go to two experts."""
+    grids = product([k for k in (1, 2, 4) if k <= n], repeat=2)
+    cases = [f"{ep},{cp},{i % 2},{i // 2 % 2}," for i, (ep, cp) in enumerate(grids)]
     found = ranks(n, *cases)
     assert set(found) == set(cases) and all(map(same, found.values())), found
+
+
+def test_a_worker_that_dies_is_noticed():
+    """ranks() goes on after a death that is nobody's fault, but says so; a wrong number it would report as ever."""
+    with pytest.warns(UserWarning, match="all 2 were started over, 1 times"):
+        assert same(ranks(2, "2,1,0,0,abort")["2,1,0,0,abort"])
 
 
 def test_ranks_with_uneven_counts_are_one():
@@ -84,7 +94,6 @@ def test_ranks_in_bf16_are_one_in_bf16():
     assert found[narrow]["summed"] != wide                                   # a sum in bf16 would be seen
 
 
-@unsteady
 def test_this_file_can_fail():
     """Without halo, state, keys, whole counts, dispatch, the targets behind the edge, or everybody's loads."""
     broken = ["halo", "state", "keys", "balance", "dispatch", "targets", "loads"]
