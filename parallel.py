@@ -35,9 +35,9 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -52,11 +52,12 @@ from attention import Attention, attend
 from model import Block, Nemotron, init_weights
 
 ROWS = 1024                                                  # of logits at a time, with --recompute
+all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd  # 2.11
 
 
 def swap_rows(x, give, take, group):
     """give[r] rows of x go to rank r, take[r] rows come from it. Its gradient is the way back."""
-    return all_to_all_single_autograd(x.contiguous(), take, give, group)
+    return collectives.all_to_all_single_autograd(x.contiguous(), take, give, group)
 
 
 # 1. Experts: tokens go to the rank that has them
@@ -117,12 +118,11 @@ class Slice:
 
     def attend(self, q, k, v, first):
         """Later queries see more keys. So late halves are attended by the mirror rank: equal work for all."""
-        (b, _, t, _), n, mirror = q.shape, self.size, self.size - 1 - self.rank
+        t, n, mirror = q.shape[2], self.size, self.size - 1 - self.rank
         def gather(x):                                                       # (b, kv, t, e) -> (b, kv, T, e)
-            x = swap_rows(x.repeat(n, 1, 1, 1), [b] * n, [b] * n, self.group)        # every rank gets the same
-            return x.unflatten(0, (n, b)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            return all_gather(x.reshape(1, -1), 0, self.group).view(n, *x.shape).permute(1, 2, 0, 3, 4).flatten(2, 3)
         def trade(x):
-            rows = [b if r == mirror else 0 for r in range(n)]
+            rows = [len(x) if r == mirror else 0 for r in range(n)]
             return swap_rows(x, rows, rows, self.group)
         k, v, half = gather(k), gather(v), t // 2
         early = lower_right(q[:, :, :half], k, v, self.rank * t, self.rank * t + half)
