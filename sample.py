@@ -76,9 +76,9 @@ def compiled(model, tune=True):
                   contextlib.redirect_stderr(io.StringIO())):                # it would print every timing
                 program = torch.export.export(Step(model, cache), args)
                 made[shapes] = inductor.aoti_load_package(inductor.aoti_compile_and_package(
-                    program, package_path=f"{folder}/step.pt2"))
-        logits, tensors = made[shapes](*args)
-        cache.put(tensors)
+                    program, package_path=f"{folder}/step.pt2")).loader
+        logits, *tensors = made[shapes].boxed_run([ids, *args[1]])           # calling the package would, each time,
+        cache.put(tensors)                                                   # parse how its arguments are nested
         return logits
     return step
 
@@ -155,7 +155,9 @@ def stream(model, rows, max_new_tokens, temperature=0, top_p=1.0, top_k=0, seed=
     done, stops = None, torch.tensor(sorted(stop), dtype=torch.long)
     for i in range(max_new_tokens):
         if step and i == 1:
-            cache.fix(1 << (max(map(len, rows)) + max_new_tokens - 1).bit_length())
+            long = max(map(len, rows)) + max_new_tokens - 1
+            unit = 1 << max(6, long.bit_length() - 3)                        # few sizes, so few steps to compile
+            cache.fix(-(-long // unit) * unit)
         logits = (read(model, cache, rows, prefill) if i == 0 else
                   (step or model)(token[:, None].to(device), cache)[:, -1])
         new = choose(logits, temperature, top_p, top_k, g).cpu()
