@@ -520,3 +520,18 @@ def test_main_says_what_is_wrong(saved, capsys):
         with pytest.raises(SystemExit) as e:
             hf.main(argv)
         assert e.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_the_comparison_of_speeds_runs(world):
+    """ablations/peers.py, one turn: every side trains and writes, and the ratios are those of its own numbers."""
+    peers = Path(hf.__file__).parent / "ablations/peers.py"
+    run = subprocess.run([sys.executable, peers, "--rounds", "1", "--no-compile"], capture_output=True, text=True,
+                         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = {name: [float(x.replace(",", "")) for x in numbers] for name, *numbers in re.findall(
+        r"^(\w.*?)  +([\d,]+) +([\d.]+)x +([\d,]+) +([\d.]+)x$", run.stdout, re.M)}
+    assert len(rows) == 3 and "ours" in rows, run.stdout
+    for i in (0, 2):
+        best = max(numbers[i] for name, numbers in rows.items() if name != "ours")
+        assert all(abs(numbers[i + 1] - numbers[i] / best) < .02 for numbers in rows.values()), run.stdout
+    assert "products of a step: 41." in run.stdout
