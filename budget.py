@@ -32,6 +32,8 @@ from dataclasses import dataclass
 
 from config import PRESETS, Config
 
+MACHINE = 8                                                  # ranks that NVLink joins; beyond them is the network
+
 
 def sizes(c, letter):
     """Of a layer: parameters of its experts, of its other matrices, and the rest."""
@@ -105,7 +107,8 @@ def reckon(run, c):
     reduce = 4 * (whole(stored) + 2 * v * d + extra * blocks) + kv
     there = {"E": 4 * k * (c.moe_latent_size or d) * t, "*": 2 * heads * t * (cp > 1),
              "M": 4 * e * n * rows * shifts}
-    swapped = sum(there.get(x, 0) for x in used) * (3 if run.recompute else 2)
+    swaps = [(there.get(x, 0) * (3 if run.recompute else 2), run.ep if x == "E" else cp) for x in used]
+    far = sum(n for n, ranks in swaps if ranks > MACHINE)                    # what no machine has all the ranks for
 
     # 4. Two FLOPs a parameter and token forwards, twice that backwards; attention makes its scores once more.
     again = 4 if run.recompute else 3
@@ -114,7 +117,8 @@ def reckon(run, c):
     flops = 2 * (v * d * (depths + 1) + extra * depths) + sum(
         2 * (sizes(c, x)[0] * k / c.n_routed_experts + sizes(c, x)[1]) + mixes.get(x, 0) for x in used)
     return dict(parameters=round(P), states=12 * P, peak=peak, flops=t * flops * again * times,
-                gather=gather * times, reduce=reduce * times, **{"all-to-all": swapped * times},
+                gather=gather * times, reduce=reduce * times, far=far * times,
+                **{"all-to-all": sum(n for n, _ in swaps) * times},
                 parts=dict(parameters=4 * P, moments=8 * P, gradients=4 * P, kept=kept, loss=loss, words=words,
                            work=busy))
 

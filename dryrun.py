@@ -97,6 +97,8 @@ class Meter(TorchDispatchMode):
             tensors = [t for t in pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
             largest = max((t.numel() * t.element_size() for t in tensors), default=0)
             self.sent[KINDS[kind]] += largest * (2 if KINDS[kind] == "sum" else 1)       # a sum: there and back
+            if name.startswith("all_to_all") and len(args[1]) > budget.MACHINE:          # split sizes, one a rank
+                self.sent["far"] += largest
         return out
 
 
@@ -188,8 +190,8 @@ def predict(run, say, config, optimiser, losses):
     memory, peak_flops, nvlink, network = GPUS[run.gpu]
     tokens = run.batch * run.length
     sent = {k: seen.get(k, 0) for k in ("gather", "reduce", "all-to-all", "sum")}
-    near = run.ep <= 8                                       # then experts' tokens stay inside a machine
-    link = (sent["gather"] + sent["reduce"]) / network + sent["all-to-all"] / (nvlink if near else network)
+    far = seen.get("far", 0)                                 # of the all-to-alls, those that leave a machine
+    link = (sent["gather"] + sent["reduce"] + far) / network + (sent["all-to-all"] - far) / nvlink
     compute = seen["flops"] / peak_flops
     say(f"{run.preset}: {c.num_hidden_layers} layers, rank 0 of {run.world}, ep {run.ep}, cp {run.cp}, "
         f"{tokens:,} tokens a step" + ("; by arithmetic" if run.quick else
@@ -199,7 +201,8 @@ def predict(run, say, config, optimiser, losses):
         f"the {memory / 1e9:.0f} GB of an {run.gpu} (5 % kept free)")
     if run.quick:
         say("of it      " + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in seen["parts"].items()) + ": see budget.py")
-    say("sent       " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sent.items()))
+    say("sent       " + ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in sent.items()) +
+        f"; of the all-to-all {far / 1e9:.2f} GB between machines" * bool(far))
     say(f"time       at least {max(compute, link):.2f} s a step: {seen['flops'] / 1e12:.1f} TFLOP take {compute:.2f} s "
         f"at {peak_flops / 1e12:.0f} TFLOP/s;\n           messages take {link:.2f} s "
         f"(NVLink {nvlink / 1e9:.0f} GB/s, network {network / 1e9:.0f} GB/s)")
