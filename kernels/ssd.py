@@ -217,11 +217,13 @@ def prepare(x, dt, A, B, C, D, state):
 
 
 def tiles(x):
-    """Q, and the launches of _states and of the others: see sizes above."""
+    """Q, and the launches of _states, of _dbc and of the others: see sizes above."""
+    def launch(warps, stages):
+        return dict(num_warps=warps, num_stages=stages)
     if x.element_size() == 4:
-        return 16, dict(num_warps=8, num_stages=1), dict(num_warps=8, num_stages=1)
+        return 16, launch(8, 1), launch(16, 1), launch(8, 1)
     Q = 64 if INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0) else 32
-    return Q, dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=2)
+    return Q, launch(4, 2), launch(8, 3 if Q == 64 else 2), launch(8, 2)
 
 
 def segment(b, t, h, at_least=1024, programs=128):
@@ -233,7 +235,7 @@ class SSD(torch.autograd.Function):
     """What the backward needs of S it walks again: storing it in forward would cost more than all of forward reads."""
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, cut):
-        (b, t, h, p), (g, n), (Q, walk, how) = x.shape, B.shape[2:], tiles(x)
+        (b, t, h, p), (g, n), (Q, walk, _, how) = x.shape, B.shape[2:], tiles(x)
         ctx.save_for_backward(x, dt, A, B, C, D, state)
         ctx.set_materialize_grads(False)
         strides, BP, s = (x.stride(1), B.stride(1)), min(p, 32), triton.cdiv(t, cut)
@@ -252,7 +254,7 @@ class SSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, state = ctx.saved_tensors
-        (b, t, h, p), (g, n), (Q, walk, how) = x.shape, B.shape[2:], tiles(x)
+        (b, t, h, p), (g, n), (Q, walk, heads, how) = x.shape, B.shape[2:], tiles(x)
         dy = x.new_zeros(b, t, h, p) if dy is None else dy.contiguous()
         dlast = torch.zeros_like(state) if dlast is None else dlast.float().contiguous()
         c, BP, strides = triton.cdiv(t, Q), min(p, 32), (x.stride(1), B.stride(1))
@@ -264,8 +266,7 @@ class SSD(torch.autograd.Function):
         dx, dB, dC = torch.empty_like(dy), B.new_empty(B.shape), C.new_empty(C.shape)
         ddt, (dA, dD) = torch.empty_like(dt), dt.new_empty(2, b, c, h)
         _dx[c, h, b](x, dt, A, B, C, D, dy, S_in, G_out, dx, ddt, dA, dD, t, h, h // g, *strides, p, n, Q, **how)
-        _dbc[c, g, b](x, dt, A, B, C, dy, S_in, G_out, dB, dC, t, h, *strides, p, n, Q, h // g,
-                      num_warps=8, num_stages=3 if Q == 64 else 2)
+        _dbc[c, g, b](x, dt, A, B, C, dy, S_in, G_out, dB, dC, t, h, *strides, p, n, Q, h // g, **heads)
         return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dstate, None
 
 

@@ -9,8 +9,11 @@ from aot import Row
 from kernels.ssd import _dbc, _dx, _scan, _states, _step
 
 
-def rows(x, Q, walk, warps, stages, cards, wants={}, spill={}):
-    """x: the type of x, B, C, y and their gradients; the rest is fp32, sizes and strides are integers."""
+def rows(x, Q, walk, heads, warps, stages, cards, wants={}, spill={}):
+    """x: the type of x, B, C, y and their gradients; the rest is fp32, sizes and strides are integers.
+
+    walk: warps of _states; heads: warps and stages of _dbc; warps, stages: of the others.
+    """
     whole = dict.fromkeys(("T", "H", "R", "SX", "SB", "SEG"), "i32")
     wide = dict.fromkeys(("DT", "A", "D", "START", "LAST", "FADE", "DDT", "DA", "DD"), "*fp32")
     small = dict.fromkeys(("X", "B", "C", "Y", "DY", "DX", "DB", "DC", "S_IN", "G_OUT", "KEPT"), f"*{x}")
@@ -20,7 +23,7 @@ def rows(x, Q, walk, warps, stages, cards, wants={}, spill={}):
             (_states, "S at chunk starts", dict(Q=Q, BP=32, REV=False, KEEP=True), walk, stages),
             (_states, "G at chunk ends", dict(Q=Q, BP=32, REV=True, KEEP=True), walk, stages),
             (_dx, "dx, ddt, dA, dD", dict(Q=Q), warps, stages),
-            (_dbc, "dB, dC", dict(Q=Q, R=16), warps, 3 if Q == 64 else 2),
+            (_dbc, "dB, dC", dict(Q=Q, R=16), *heads),
             (_step, "a few tokens", dict(BP=16, EVERY=False), 1, 3),
             (_step, "and every state", dict(BP=16, EVERY=True), 1, 3)):
         consts = dict(P=64, N=128, **consts)
@@ -29,6 +32,6 @@ def rows(x, Q, walk, warps, stages, cards, wants={}, spill={}):
                   spill.get(kernel, 0), ("T",), cards)
 
 
-ROWS = [*rows("bf16", 64, 4, 8, 2, (90, 100), {90: "wgmma", 100: "tcgen05"}),
-        *rows("bf16", 32, 4, 8, 2, (80,), {80: "mma.sync"}, {_dx: 16, _states: 8}),
-        *rows("fp32", 16, 8, 8, 1, (90,), {}, {_scan: 352, _dbc: 336})]
+ROWS = [*rows("bf16", 64, 4, (8, 3), 8, 2, (90, 100), {90: "wgmma", 100: "tcgen05"}),
+        *rows("bf16", 32, 4, (8, 2), 8, 2, (80,), {80: "mma.sync"}, {_dx: 16, _states: 8}),
+        *rows("fp32", 16, 8, (16, 1), 8, 1, (90,), {}, {_scan: 352, _dbc: 288})]
