@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 import checkpoint
 
@@ -59,13 +60,20 @@ def run(folder):
 
 
 def compare(folders, out):
-    """Draws the validation loss of several runs, in bits per byte, against tokens and against seconds."""
+    """Draws the validation loss of several runs, in bits per byte, against tokens and against seconds.
+
+    Runs whose names differ in their last number only, toy-0 and toy-1, are seeds of one thing: they share a colour.
+    """
+    kinds = [f.name.rstrip("0123456789").rstrip("-") or f.name for f in folders]
+    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kinds))}
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.3), sharey=True, layout="constrained")
-    for folder in folders:
+    for i, (folder, kind) in enumerate(zip(folders, kinds)):
+        label = kind if kind not in kinds[:i] else None
         rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["val_bpb"] != ""]
         for ax, x in zip(axes, ("tokens", "seconds")):
-            ax.plot([r[x] for r in rows], [r["val_bpb"] for r in rows], ".-", label=folder.name)
+            ax.plot([r[x] for r in rows], [r["val_bpb"] for r in rows], ".-", color=colours[kind], label=label)
             ax.set(xlabel=x)
+    axes[0].xaxis.set_major_formatter(EngFormatter())
     axes[0].set(ylabel="validation, bits per byte")
     axes[0].legend(frameon=False)
     checkpoint.write(Path(out), lambda f: fig.savefig(f, format="png", dpi=120))
