@@ -8,6 +8,7 @@ import struct
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -639,6 +640,16 @@ def test_the_picture(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as e:
             plot.main(wrong)
         assert isinstance(e.value.code, str)               # a sentence, and exit status 1
+
+
+def test_seeds_of_one_thing_share_a_colour(tmp_path, monkeypatch):
+    drawn, receipts = [], Path(plot.__file__).parent / "receipts"
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    plot.compare([receipts / name for name in ("toy-0", "toy-1", "plain-0")], tmp_path / "three.png")
+    for ax in drawn[0].axes:
+        one, two, other = (line.get_color() for line in ax.lines)
+        assert one == two != other
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["toy", "plain"]
 
 
 def test_a_notebook_can_call_it(tmp_path, capsys):
