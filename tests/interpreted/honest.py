@@ -14,6 +14,7 @@ Not here  speed: 0.3 ms a Triton operation, whatever the tile; few big tiles are
 import numpy as np
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 SMALL = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
@@ -88,6 +89,11 @@ def dot_scaled(self, a, scale_a, kind_a, b, scale_b, kind_b, fast_math, a_along_
     return Handle(np.matmul(x, y) + acc.data, tl.float32)
 
 
+class Name(str):
+    """A format of dot_scaled as Triton 3.6 wants it: with a .value, which an interpreted kernel's literal lacks."""
+    value = property(str)
+
+
 def repair():
     """Patch the interpreter of this process, once."""
     if getattr(Builder, "honest", False):
@@ -107,6 +113,8 @@ def repair():
         setattr(Builder, f"create_{name}", lambda self, src, to: self.cast_impl(src, to))
     Builder.get_bf16 = lambda self, v: Handle(down(np.array([v], np.float32), tl.bfloat16), tl.bfloat16)
     Builder.create_dot, Builder.create_dot_scaled = dot, dot_scaled
+    stock_scaled = TritonSemantic.dot_scaled
+    TritonSemantic.dot_scaled = lambda *args: stock_scaled(*(Name(a) if isinstance(a, str) else a for a in args))
 
     stock_reduce = interpreter.ReduceScanOpInterface.apply   # sums and scans of bf16 run in fp32 on a GPU too
     def wide(t):
