@@ -216,14 +216,18 @@ def prepare(x, dt, A, B, C, D, state):
     return rows(x), dt.float().contiguous(), A.float().contiguous(), B, C, D, state
 
 
-def tiles(x):
-    """Q, and the launches of _states, of _dbc and of the others: see sizes above."""
+def tiles(size, hopper):
+    """Q, and the launches of _states, of _dbc and of the others, for x of `size` bytes a number: see sizes above."""
     def launch(warps, stages):
         return dict(num_warps=warps, num_stages=stages)
-    if x.element_size() == 4:
+    if size == 4:
         return 16, launch(8, 1), launch(16, 1), launch(8, 1)
-    Q = 64 if INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0) else 32
-    return Q, launch(4, 2), launch(8, 3 if Q == 64 else 2), launch(8, 2)
+    return 64 if hopper else 32, launch(4, 2), launch(8, 3 if hopper else 2), launch(8, 2)
+
+
+def fit(x):
+    """tiles() for x on its card; the interpreter plays a Hopper."""
+    return tiles(x.element_size(), INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0))
 
 
 def segment(b, t, h, at_least=1024, programs=128):
@@ -235,7 +239,7 @@ class SSD(torch.autograd.Function):
     """What the backward needs of S it walks again: storing it in forward would cost more than all of forward reads."""
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, cut):
-        (b, t, h, p), (g, n), (Q, walk, _, how) = x.shape, B.shape[2:], tiles(x)
+        (b, t, h, p), (g, n), (Q, walk, _, how) = x.shape, B.shape[2:], fit(x)
         ctx.save_for_backward(x, dt, A, B, C, D, state)
         ctx.set_materialize_grads(False)
         strides, BP, s = (x.stride(1), B.stride(1)), min(p, 32), triton.cdiv(t, cut)
@@ -254,7 +258,7 @@ class SSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, state = ctx.saved_tensors
-        (b, t, h, p), (g, n), (Q, walk, heads, how) = x.shape, B.shape[2:], tiles(x)
+        (b, t, h, p), (g, n), (Q, walk, heads, how) = x.shape, B.shape[2:], fit(x)
         dy = x.new_zeros(b, t, h, p) if dy is None else dy.contiguous()
         dlast = torch.zeros_like(state) if dlast is None else dlast.float().contiguous()
         c, BP, strides = triton.cdiv(t, Q), min(p, 32), (x.stride(1), B.stride(1))

@@ -113,8 +113,8 @@ def compare(world, skew, again, n, how):
         out = exchange(rows, count, group)
         came.append(len(out[0]))
         return out
-    names = [f"{kind}_single" if hasattr(dist, f"{kind}_single") else older for kind, older in (                # since torch 2.13
-        ("reduce_scatter", "reduce_scatter_tensor"), ("all_gather", "all_gather_into_tensor"))]
+    names = [new if hasattr(dist, new) else old for new, old in (            # new since torch 2.13
+        ("reduce_scatter_single", "reduce_scatter_tensor"), ("all_gather_single", "all_gather_into_tensor"))]
     kept = [getattr(dist, name) for name in names]
     def reduce(output, input, **more):
         summed.append(input)

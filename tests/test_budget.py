@@ -36,7 +36,7 @@ def close(r):
                                  dict(world=16, cp=16, rows=1)])
 def test_arithmetic_agrees_with_a_step_that_was_followed(how):
     r = ratios(plan(**how), Config.preset("toy"))
-    assert not close(r) and ("far" in r) == (how.get("world") == 16)         # then more ranks than a machine has swap rows
+    assert not close(r) and ("far" in r) == (how.get("world") == 16)         # more ranks swap than a machine has
 
 
 @pytest.mark.parametrize("letter", "M*E-")

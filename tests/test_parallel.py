@@ -46,8 +46,9 @@ def torchrun(n, *args, restarts=0, check=True):
 
 
 def ranks(n, *cases):
-    """What tests/ranks.py finds. In about one of 20 runs a worker dies of a damaged heap somewhere in torch's gloo ("malloc():
-    unaligned tcache chunk"; nothing here is compiled); then torchrun starts all of them over, and a warning says so."""
+    """What tests/ranks.py finds. On a busy machine a worker dies now and then of a damaged heap ("malloc(): unaligned
+    tcache chunk"): one of gloo's threads and the main one own the same piece of memory. Nothing here is compiled. Then
+    torchrun starts all of them over, and a warning says so."""
     lines = torchrun(n, "tests/ranks.py", *cases, restarts=2).stdout.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     if again := max(r.pop("restarts") for r in found):
