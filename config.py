@@ -83,6 +83,11 @@ class Config:
     def num_hidden_layers(self):
         return len(self.hybrid_override_pattern)
 
+    @property
+    def depths(self):
+        """How many tokens beyond the next one are asked for in training."""
+        return self.mtp_num_layers if self.num_nextn_predict_layers else 0
+
     @staticmethod
     def preset(name):
         """toy: a laptop. tiny-nv: NVIDIA's test shape. small: one GPU. nano: 30B-A3B. super: 120B-A12B."""

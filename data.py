@@ -192,6 +192,14 @@ def entropy_floor(name):
 
 # 4. Batches, and the command line
 
+class Batch(NamedTuple):
+    """What a step learns from. Sums over all ranks' pieces are divided by `counts` and `rows`, the global batch's."""
+    pieces: list                                                             # of (ids (b, t+1), mask or None, ...)
+    counts: list                                                             # targets at depth 0, 1, ..., K, or weights
+    rows: int
+    tokens: int
+
+
 def batch(tokens, seed, step, size, length, rank=0, world=1):                # -> (size / world, length) int64
     """The rows of `rank`: it takes its stretch of one global batch, which knows only (seed, step)."""
     if len(tokens) < length:

@@ -26,8 +26,8 @@ import torch
 
 import checkpoint
 import data
-import mtp
 import sample
+from speculate import Tally, rounds
 
 
 def prompts(tokens, n, length, seed):
@@ -39,8 +39,8 @@ def prompts(tokens, n, length, seed):
 
 def acceptance(model, tokens, d=7, rows=48, new=96, temperature=1.0, seed=0, remember=True):
     """What drafting achieves on continuations of held-out text: a Tally."""
-    tally = mtp.Tally(d)
-    for _ in sample.rounds(model.eval(), prompts(tokens, rows, 64, seed).tolist(), new, d, temperature,
+    tally = Tally(d)
+    for _ in rounds(model.eval(), prompts(tokens, rows, 64, seed).tolist(), new, d, temperature,
                            seed=seed, tally=tally, remember=remember):
         pass
     return tally

@@ -28,7 +28,7 @@ def run(folder):
                                               for k in range(1, 9) if f"mtp{k}_nats" in rows[0]]
     for i, (key, label) in enumerate(names):
         a.plot(step, [r[key] for r in rows], f"C{i}", label=label, lw=1.8 if i == 0 else 1)
-    seen = [r for r in rows if r["val_nats"] != ""]
+    seen = [r for r in rows if r.get("val_nats", "") != ""]
     a.plot([r["step"] for r in seen], [r["val_nats"] for r in seen], "ko", ms=4,
            label="next token, validation")
     for r in seen[-1:]:

@@ -23,6 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import data
 import train
 
 VARIANTS = {"fp32": "fp32", "nvfp4": "the recipe", "nvfp4-2d": "without 16x16 weights",
@@ -47,7 +48,7 @@ def measure():
     """One line of the table a run, written as soon as the run is over."""
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     for name in ("corpus", "encode"):                                        # read and encoded once, not 24 times
-        setattr(train.data, name, functools.cache(getattr(train.data, name)))
+        setattr(data, name, functools.cache(getattr(data, name)))
     done = {(r["precision"], r["seed"]) for r in rows()}
     for seed in SEEDS:
         for precision in VARIANTS:

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import data
 import latent_moe
 import mtp
-import parallel
+from scale import parallel
 import train
 from model import Config, Nemotron, init_weights
 
@@ -59,12 +60,12 @@ def steps(model, opt, world, n, first=0, noted=True, how="", cast=nullcontext):
     counts = mtp.counts(some[:, 1:].bool(), depths)
     for step in range(first, first + n):
         ids = torch.randint(40, (RUN.batch, RUN.length + 1), generator=torch.Generator().manual_seed(step))
-        mine = [x.chunk(world.dp)[world.place] if world else x for x in (ids, some)]
+        mine = [x.chunk(world.shares)[world.place] if world else x for x in (ids, some)]
         pieces = []
         for piece, asked in zip(*(x.split(1) for x in mine)):
             ids, mask, t = world.rows(piece, depths) if world else (piece, asked[:, 1:].bool(), None)
             pieces.append((ids, mask & world.rows(asked, depths)[0][:, 1:].bool() if world else mask, t))
-        nats, even = train.backward(model, pieces, counts, RUN, cast)
+        nats, even = train.backward(model, data.Batch(pieces, counts, RUN.batch, 0), RUN, cast)
         if world:
             *nats, even = world.total([*nats, even])
             if noted:
@@ -133,7 +134,7 @@ def compare(world, skew, again, n, how):
             setattr(dist, name, old)
     each = lambda x: world.total([x * (r == world.rank) for r in range(world.size)])                    # by rank
     t = RUN.length // (world.slice.size if world.slice else 1)
-    mine = [world.rows(x, 0)[0][:, 1:] for x in targets(how).chunk(world.dp)[world.place].split(1)]
+    mine = [world.rows(x, 0)[0][:, 1:] for x in targets(how).chunk(world.shares)[world.place].split(1)]
     found = dict(apart(got, want), rows=each(sum(came)), targets=each(float(sum(x[:, :t].sum() for x in mine))))
     if bf16:
         found.update(rounding=apart(want, alone(skew, n, how, nullcontext)), summed=kinds(summed), gathered=kinds(gathered),

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-import budget
-import dryrun
-import parallel
+from scale import budget
+from scale import dryrun
+from scale import parallel
+import data
 import train
 from model import Config, Nemotron
 
@@ -76,7 +77,7 @@ def measured(config, run):
         def step():
             pieces = [world.rows(piece, config.mtp_num_layers) for piece in ids.split(run.micro or run.batch)]
             counts = [run.batch * run.length] * (config.mtp_num_layers + 1)
-            train.backward(model, pieces, counts, run, lambda: torch.autocast("cpu", torch.bfloat16))
+            train.backward(model, data.Batch(pieces, counts, run.batch, 0), run, lambda: torch.autocast("cpu", torch.bfloat16))
             world.clip(list(model.parameters()), 1.0)
             opt.step()
             opt.zero_grad(set_to_none=True)

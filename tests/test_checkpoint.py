@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoint
+from training.merge import merge_weights
 import data
 import plot
 import train
@@ -347,7 +348,7 @@ def test_sources(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 20])
 def test_merge_weights_imitate_the_decay(n):
-    c = checkpoint.merge_weights(n)
+    c = merge_weights(n)
     assert len(c) == n and sum(c) == pytest.approx(1) and min(c) > 0
     w = [1 - math.sqrt(i / n) for i in range(n)]                               # k + 1 = n checkpoints: w_i = 1 - sqrt(i / (k + 1))
     assert c[-1] == pytest.approx(w[-1])                                       # c_k = w_k, the last one counts
@@ -361,7 +362,7 @@ def test_an_average_is_a_decayed_run():
     updates, thetas = [Fraction(3), Fraction(-1, 2), Fraction(7, 3), Fraction(-2)], [Fraction(5)]
     for u in updates:
         thetas.append(thetas[-1] + u)
-    c = checkpoint.merge_weights(5)
+    c = merge_weights(5)
     decayed = 5 + sum((1 - math.sqrt(i / 5)) * u for i, u in enumerate(map(float, updates), 1))
     assert sum(x * float(t) for x, t in zip(c, thetas)) == pytest.approx(decayed)
 
@@ -378,4 +379,4 @@ def test_this_file_can_fail(tmp_path):
     refused(tmp_path, "is damaged")
     path.write_bytes(path.read_bytes()[:100])                                  # a writer without a temporary name
     refused(tmp_path, "is damaged")
-    assert rms(torch.tensor(checkpoint.merge_weights(4)), torch.full((4,), .25)) > .1
+    assert rms(torch.tensor(merge_weights(4)), torch.full((4,), .25)) > .1

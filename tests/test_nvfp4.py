@@ -19,7 +19,9 @@ import latent_moe
 import nvfp4
 import train
 from model import Config, Nemotron
-from nvfp4 import E2M1, Operands, Recipe, dequantize, export_weight, hadamard, matmul, quantize
+from nvfp4 import E2M1, Recipe, dequantize, export_weight, hadamard, quantize
+from quant import lowbit
+from quant.lowbit import Operands, matmul
 
 G = load_file(ROOT / "tests" / "golden" / "nvfp4.safetensors")
 INPUTS = sorted(k.split("/")[0] for k in G if k.endswith("/te1d.q"))
@@ -271,7 +273,7 @@ def test_the_reference_windows():
 def test_super_is_converted_as_it_was_trained():
     with torch.device("meta"):
         model = Nemotron(Config.preset("super"))
-    swapped = nvfp4.convert(model)
+    swapped = lowbit.convert(model)
     kinds = {}
     for name, format in swapped.items():
         kinds.setdefault((name.rsplit(".", 1)[-1], format), []).append(int(name.split(".")[2]))
@@ -289,20 +291,20 @@ def small(seed=0):
 
 def test_a_converted_model_is_the_same_model_with_other_products():
     model, plain = small(), small()
-    swapped = nvfp4.convert(model, Recipe(last=.2))
+    swapped = lowbit.convert(model, Recipe(last=.2))
     assert set(swapped.values()) == {"nvfp4", "mxfp8"} and "backbone.layers.4.mixer.in_proj" not in swapped
     assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
     assert model.load_state_dict(plain.state_dict())
     ids = torch.randint(0, 64, (2, 33))
     loss = lambda m: F.cross_entropy(m(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    nvfp4.watch(model)
+    lowbit.watch(model)
     for m in (model, plain):
         loss(m).backward()
     for (name, p), q in zip(model.named_parameters(), plain.parameters()):
         if p.grad is not None:
             assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
     assert 0 < rms(model(ids), plain(ids)) < .2
-    shares = nvfp4.diagnose(model)
+    shares = lowbit.diagnose(model)
     assert {"fprop_x", "fprop_w", "dgrad_dy", "wgrad_dy", "wgrad_x"} < set(shares)
     assert all(0 <= v < .2 for v in shares.values()) and shares["fprop_w"] > .005 and shares["dead_channels"] == 0
     with torch.no_grad():
@@ -310,13 +312,13 @@ def test_a_converted_model_is_the_same_model_with_other_products():
             m.experts.up_proj[:, :4] = 0
             m.experts.down_proj[:, :, :2] = 0
     every = sum(m.experts.up_proj[..., 0].numel() for m in latent_moe.layers(model))
-    assert nvfp4.diagnose(model)["dead_channels"] == 16 * 2 / every
+    assert lowbit.diagnose(model)["dead_channels"] == 16 * 2 / every
     cache = model.eval().new_cache(2)                                        # and it decodes
     assert model(ids[:, :20], cache).isfinite().all() and model(ids[:, 20:21], cache).isfinite().all()
 
 
 def test_under_autocast_the_output_is_bf16_and_the_gradient_fp32():
-    layer = nvfp4.Linear(torch.nn.Parameter(R(48, 32)), Recipe())
+    layer = lowbit.Linear(torch.nn.Parameter(R(48, 32)), Recipe())
     x = R(5, 7, 32).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

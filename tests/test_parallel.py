@@ -21,12 +21,15 @@ import torch.distributed as dist
 
 import checkpoint
 import data
-import dryrun
+from scale import dryrun
 import hf
 import mtp
-import parallel
+from scale import parallel
 import train
 from model import Config, Nemotron
+from scale import ranks as many
+from training import pretrain
+from training.settings import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -123,7 +126,7 @@ def test_the_long_context_stage_of_the_readme(monkeypatch, tmp_path):
     """It goes on from the pretrained run with a rate that is constant, every second batch is short, and both halves fit."""
     (real, dry), half = stage()
     runs, said = [], []
-    before = train.Run(**{**train.RECIPES["super"], "preset": "super"})
+    before = train.Run(**{**RECIPES["super"], "preset": "super"})
     (tmp_path / "super").mkdir()
     (tmp_path / "super/config.json").write_text(json.dumps(dict(run=asdict(before))))
     monkeypatch.setattr(train, "fit", lambda run, say: runs.append(run))
@@ -150,8 +153,10 @@ def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
     try:
         world, run = parallel.World(), train.Run(batch=3, length=16, short=8)
         model, text = world.model(replace(Config.preset("toy"), vocab_size=40)), torch.randint(40, (500,)).numpy()
+        work, world.cast = pretrain.Text(), nullcontext
+        work.run, work.train, work.depths = run, text, 2
         for step, t in ((1, 16), (2, 8), (3, 16)):
-            nats, _, _ = world.step(model, text, step, run, nullcontext, 1, train.backward)
+            nats, _, _ = train.gradient(model, work.batch(step, world), run, world)
             model.zero_grad()
             ids = data.batch(text, run.seed, step, run.batch, t + 1)
             with torch.no_grad():
@@ -179,9 +184,9 @@ def test_resuming_on_fewer_ranks_goes_on_with_the_same_curve(tmp_path):
     torchrun(2, *out, "--resume", "--ep", 2, "--cp", 1, "--stop", 4)
     torchrun(1, *out, "--resume", "--ep", 1)
     assert alike(log(tmp_path / "many"), log(tmp_path / "one"))
-    torchrun(2, "shards.py", "--release", "--ep", 2, tmp_path / "many/ckpt/step-00000006", tmp_path / "hf")
-    torchrun(2, "shards.py", "--adopt", "--ep", 1, tmp_path / "hf", tmp_path / "back")
-    torchrun(1, "shards.py", "--release", tmp_path / "back", tmp_path / "again")
+    torchrun(2, "-m", "scale.release", "--release", "--ep", 2, tmp_path / "many/ckpt/step-00000006", tmp_path / "hf")
+    torchrun(2, "-m", "scale.release", "--adopt", "--ep", 1, tmp_path / "hf", tmp_path / "back")
+    torchrun(1, "-m", "scale.release", "--release", tmp_path / "back", tmp_path / "again")
     a, b = hf.load(tmp_path / "hf").state_dict(), hf.load(tmp_path / "again").state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -231,7 +236,7 @@ def test_restarts_without_a_store_of_their_own_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        parallel.start()
+        many.start()
 
 
 def test_the_dry_run_counts_exactly():

@@ -12,7 +12,9 @@ import checkpoint
 import data
 import sample
 from model import Config, Nemotron
-from sample import choose, generate, probabilities, stream
+import decode
+from decode import choose, probabilities, stream
+from sample import generate
 
 TINY = dict(vocab_size=31, hidden_size=12, num_attention_heads=4, num_key_value_heads=2, head_dim=5, mamba_num_heads=6,
             mamba_head_dim=4, ssm_state_size=5, n_groups=3, chunk_size=4, n_routed_experts=8, num_experts_per_tok=3,
@@ -118,7 +120,7 @@ def test_unequal_prompts_get_what_each_gets_alone(prefill):
         model = tiny(dtype=dtype)
         with torch.no_grad():
             cache = model.new_cache(4)
-            together = sample.read(model, cache, rows, prefill)
+            together = decode.read(model, cache, rows, prefill)
             alone = torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
             assert rms(together, alone) <= tolerance
             token = together.argmax(-1)                                        # and the step after it
@@ -131,9 +133,9 @@ def test_unequal_prompts_get_what_each_gets_alone(prefill):
 def test_the_size_of_prefill_changes_nothing(lengths):
     model, rows = tiny(), prompts(*lengths)
     with torch.no_grad():
-        want = sample.read(model, model.new_cache(len(rows)), rows, 1024)
+        want = decode.read(model, model.new_cache(len(rows)), rows, 1024)
         for prefill in (1, 2, 5, 8, 22, 23, 24):
-            assert rms(sample.read(model, model.new_cache(len(rows)), rows, prefill), want) <= 1e-10, prefill
+            assert rms(decode.read(model, model.new_cache(len(rows)), rows, prefill), want) <= 1e-10, prefill
     assert len({tuple(map(tuple, generate(model, rows, 6, temperature=1., seed=4, prefill=n))) for n in (1, 5, 24)}) == 1
 
 
@@ -236,7 +238,7 @@ def widest(model, t, prefill, rows=2):
         hooks.append(m.register_forward_hook(lambda m, i, out: sizes.append(out.numel()) if torch.is_tensor(out) else None))
     cache = model.new_cache(rows)
     with torch.no_grad():
-        logits = sample.read(model, cache, prompts(*[t] * rows), prefill)
+        logits = decode.read(model, cache, prompts(*[t] * rows), prefill)
     [h.remove() for h in hooks]
     assert logits.shape == (rows, 31)
     return max(sizes), held(cache)

@@ -11,7 +11,10 @@ from test_sample import prompts, tiny
 import heal
 import mtp
 from mamba import ssd_recurrent, write
-from sample import generate, probabilities, rounds
+import speculate
+from decode import probabilities
+from sample import generate
+from speculate import rounds
 
 
 def built(pattern="ME*-M*E", dtype=torch.float64, blocks=1, **kw):
@@ -30,7 +33,7 @@ def agreeable(dtype=torch.float32, scale=.5):
 @pytest.mark.parametrize("rows", [prompts(5), prompts(1, 7, 4)], ids=len)
 def test_greedy_is_the_plain_text_for_every_d(rows):
     model = agreeable(scale=.1)
-    want, tally = generate(model, rows, 200), mtp.Tally(7)
+    want, tally = generate(model, rows, 200), speculate.Tally(7)
     for d in (1, 2, 3, 4, 5, 6, 7, "auto"):
         assert generate(model, rows, 200, speculate=d, tally=tally) == want, d
     assert generate(model, rows, 200, speculate=3, remember=False) == want
@@ -105,7 +108,7 @@ def chi_square(got, p):
 
 def wrong(drafts, q, p, generator=None):
     """The tempting mistake: after a fall draw from p, not from what the standing drafts left out."""
-    n, token = mtp.accept(drafts, q, p, generator)
+    n, token = speculate.accept(drafts, q, p, generator)
     fresh = torch.multinomial(p[torch.arange(len(p)), n], 1, generator=generator)[:, 0]
     return n, fresh
 
@@ -130,7 +133,7 @@ def pair(rule, how, draws=20_000):
 
 @pytest.mark.parametrize("how", [(1., 1., 0), (.6, 1., 0), (1., .8, 0), (1.3, 1., 3), (.9, .9, 3)], ids=str)
 def test_sampling_is_lossless(how):
-    assert pair(mtp.accept, how) > .01
+    assert pair(speculate.accept, how) > .01
 
 
 def test_a_model_draws_the_same_distribution_speculating():
@@ -210,6 +213,6 @@ def test_mistakes_are_named(speculate):
 
 def test_this_file_can_fail(monkeypatch):
     assert pair(wrong, (1., 1., 0)) < 1e-6
-    monkeypatch.setattr(mtp, "match", lambda drafts, best: (torch.full((len(best),), drafts.shape[1]), best[:, -1]))
+    monkeypatch.setattr(speculate, "match", lambda drafts, best: (torch.full((len(best),), drafts.shape[1]), best[:, -1]))
     model, rows = agreeable(), prompts(5)
     assert generate(model, rows, 50, speculate=3) != generate(model, rows, 50)        # believing every draft

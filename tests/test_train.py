@@ -23,6 +23,10 @@ import latent_moe
 import plot
 import sample
 import train
+from model import Config, Nemotron
+from training import pretrain
+from training.settings import RECIPES, configure
+from training.world import Alone
 
 TINY = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, mamba_num_heads=4, mamba_head_dim=4,
             ssm_state_size=8, n_groups=2, chunk_size=8, n_routed_experts=8, num_experts_per_tok=3, moe_latent_size=8,
@@ -61,7 +65,7 @@ def flags(run):
 
 def model_of(run, dtype=torch.float64):
     """Large weights and biases that matter, in fp64: what differs is algebra, not rounding."""
-    model = train.Nemotron(train.configure(replace(run, model=run.model + ",initializer_range=0.2"), 257), run.seed).to(dtype)
+    model = Nemotron(configure(replace(run, model=run.model + ",initializer_range=0.2"), 257), run.seed).to(dtype)
     g = torch.Generator().manual_seed(1)
     for moe in latent_moe.layers(model):
         moe.gate.e_score_correction_bias += .1 * torch.randn(len(moe.load), generator=g)
@@ -78,6 +82,16 @@ def gradient(model):
 
 def targets(run, depths=2):
     return [run.batch * (run.length - k) for k in range(depths + 1)]
+
+
+def batch(pieces, run):
+    return data.Batch([(ids,) for ids in pieces], targets(run), run.batch, run.batch * run.length)
+
+
+def here():
+    world = Alone()
+    world.settle(train.Run(device="cpu"), quiet)
+    return world
 
 
 def same(a, b):
@@ -242,7 +256,7 @@ def balance_by_hand(model, ids, k=3):
 def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(tmp_path, mtp_loss, balance):
     r = run(tmp_path, "ME*E", mtp_loss=mtp_loss, balance=balance)
     model, ids = model_of(r), text(4, 17)
-    nats, even = train.backward(model, ids.split(4), targets(r), r, nullcontext)
+    nats, even = train.backward(model, batch(ids.split(4), r), r, nullcontext)
     got = gradient(model)
     model.zero_grad()
     evened, parts, uses = balance_by_hand(model, ids)
@@ -254,7 +268,7 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(tmp_path
     if mtp_loss:                                           # and each of them is there
         for lacking in (dict(mtp_loss=0.), dict(mtp_loss=2 * mtp_loss), dict(balance=balance + 1.)):
             model.zero_grad()
-            train.backward(model, ids.split(4), targets(r), replace(r, **lacking), nullcontext)
+            train.backward(model, batch(ids.split(4), r), replace(r, **lacking), nullcontext)
             assert rms(gradient(model), got) > 1e-3, lacking
 
 
@@ -265,7 +279,7 @@ def test_however_the_batch_is_cut_up(tmp_path, micro, dtype, tolerance):
     model, ids, result = model_of(r, dtype), text(4, 17), {}
     for m in (4, micro):
         model.zero_grad()
-        nats, even = train.backward(model, ids.split(m), targets(r), r, nullcontext)
+        nats, even = train.backward(model, batch(ids.split(m), r), r, nullcontext)
         result[m] = gradient(model), torch.tensor([*nats, even]), torch.stack([x.load for x in latent_moe.layers(model)])
         [x.load.zero_() for x in latent_moe.layers(model)]
     for got, want in zip(result[micro], result[4]):
@@ -301,7 +315,7 @@ def test_the_first_row_of_the_log_by_hand(tmp_path):
     r = run(tmp_path, steps=1, seed=4)
     _, (row,) = train.fit(r, quiet)
     tokens = data.encode(data.tokenizer("bytes"), data.corpus("copy").train)
-    ids, model = data.batch(tokens, 4, 1, 4, 17), train.Nemotron(train.configure(r, 257), 4)
+    ids, model = data.batch(tokens, 4, 1, 4, 17), Nemotron(configure(r, 257), 4)
     with torch.no_grad():
         evened, *_ = balance_by_hand(model, ids)
         want = [float(s) / n for s, n in zip(brute(model, ids, torch.ones(4, 16)), targets(r))]
@@ -311,7 +325,7 @@ def test_the_first_row_of_the_log_by_hand(tmp_path):
 
 def test_the_seed_decides_the_weights_and_the_batches(tmp_path):
     r = run(tmp_path)
-    a, b, c = (train.Nemotron(train.configure(r, 257), seed).state_dict() for seed in (0, 0, 1))
+    a, b, c = (Nemotron(configure(r, 257), seed).state_dict() for seed in (0, 0, 1))
     assert same(a, b) and [k for k in a if torch.equal(a[k], c[k]) and a[k].ndim > 1] == []
     first = [train.fit(run(tmp_path, "-", name=str(i), seed=s, steps=1), quiet)[1][0]["train_nats"] for i, s in enumerate((0, 0, 1))]
     assert first[0] == first[1] != first[2]
@@ -333,7 +347,7 @@ def test_evaluation_by_hand(tmp_path, n, eval_tokens):
     size[256] = 0                                                              # <|endoftext|> stands for no text
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
-    got = [train.evaluate(model, tokens, replace(r, micro=m), size, nullcontext) for m in (0, 0, 1)]
+    got = [pretrain.evaluate(model, tokens, replace(r, micro=m), size, here()) for m in (0, 0, 1)]
     assert got[0] == got[1] and got[2] == pytest.approx(got[0], rel=1e-6)
     assert model.training and all(m.load.sum() == 0 and m.balance is None for m in latent_moe.layers(model))
     assert same(state, model.state_dict()) and torch.equal(before, torch.get_rng_state())
@@ -359,7 +373,7 @@ def test_the_log_holds_that_number(tmp_path):
     enc = data.unpack(checkpoint.read(r.folder())["tokenizer"])
     val = data.encode(enc, data.corpus("copy").val)
     per_id = torch.tensor([len(enc.decode_single_token_bytes(i)) for i in range(299)] + [0])
-    got = train.evaluate(model, val, r, per_id, nullcontext)
+    got = pretrain.evaluate(model, val, r, per_id, here())
     assert got == (rows[-1]["val_nats"], rows[-1]["val_bpb"]) and got[0] / got[1] > 1.1 * math.log(2)     # > 1.1 bytes a token
 
 
@@ -566,32 +580,32 @@ def test_a_flag_is_a_field(tmp_path, monkeypatch):
 
 def test_presets_bring_their_recipe_and_flags_come_first(monkeypatch):
     names = {f.name: type(getattr(train.Run, f.name)) for f in fields(train.Run)}
-    for preset, recipe in train.RECIPES.items():
+    for preset, recipe in RECIPES.items():
         assert all(type(v) is names[k] for k, v in recipe.items())
-        assert train.configure(train.Run(preset=preset, tokenizer="bytes"), 257).hybrid_override_pattern
+        assert configure(train.Run(preset=preset, tokenizer="bytes"), 257).hybrid_override_pattern
         r = caught(monkeypatch, ["--preset", preset, "--batch", "96"])
         assert asdict(r) == {**asdict(train.Run()), **recipe, "preset": preset, "batch": 96}
         assert not r.batch % (r.micro or r.batch) and r.eval_tokens > r.length
 
 
 def test_the_super_recipe_is_the_reports():
-    r = train.Run(preset="super", **train.RECIPES["super"])
+    r = train.Run(preset="super", **RECIPES["super"])
     tokens = r.steps * r.batch * r.length
     assert (r.length, r.batch, r.lr, r.lr_min) == (8192, 3072, 4.5e-4, 4.5e-6)
     assert tokens == pytest.approx(25e12, rel=1e-5) and r.decay * tokens == pytest.approx(5e12, rel=1e-3)
     assert r.warmup * tokens == pytest.approx(200e9, rel=1e-3) and r.decay * r.steps == pytest.approx(198_682, rel=1e-3)
     assert r.warmup * r.steps == pytest.approx(7949, rel=1e-3) and r.save_every == 1000
     assert (r.weight_decay, r.clip, r.mtp_loss, r.balance, r.bias_rate) == (.1, 1., .3, 1e-4, 1e-3)
-    assert (r.precision, r.tokenizer) == ("bf16", "nemotron") and train.configure(replace(r, model=""), 131_072) == train.Config()
+    assert (r.precision, r.tokenizer) == ("bf16", "nemotron") and configure(replace(r, model=""), 131_072) == Config()
 
 
 @pytest.mark.parametrize("change,value", [("moe_latent_size=None", None), ("moe_latent_size=12", 12), ("use_conv_bias=0", False),
                                           ("initializer_range=1e-3", 1e-3), ("hybrid_override_pattern=*-", "*-")])
 def test_changes_to_a_preset_have_the_fields_type(change, value):
-    config = train.configure(train.Run(model=change), 257)
+    config = configure(train.Run(model=change), 257)
     got = getattr(config, change.split("=")[0])
     assert got == value and type(got) is type(value)
-    assert config == replace(train.Config.preset("toy"), vocab_size=257, **{change.split("=")[0]: value})
+    assert config == replace(Config.preset("toy"), vocab_size=257, **{change.split("=")[0]: value})
 
 
 # ---- what a run leaves
@@ -654,7 +668,7 @@ def test_seeds_of_one_thing_share_a_colour(tmp_path, monkeypatch):
 
 def test_a_notebook_can_call_it(tmp_path, capsys):
     model, log = train.fit(run(tmp_path, "M", steps=2), say=quiet)
-    assert isinstance(model, train.Nemotron) and [r["step"] for r in log] == [1, 2] and list(log[0]) == COLUMNS
+    assert isinstance(model, Nemotron) and [r["step"] for r in log] == [1, 2] and list(log[0]) == COLUMNS
     assert capsys.readouterr() == ("", "") and model(text(1, 5)).shape == (1, 5, 257)
 
 
@@ -725,7 +739,7 @@ def test_this_file_can_fail(tmp_path):
     with torch.no_grad():
         whole, cut = brute(model, ids, torch.ones(3, 11)), brute(model, ids[:, 1:], torch.ones(3, 10))
         assert all(abs(float(a) - float(b)) > 1e-2 * float(a) for a, b in zip(whole, cut))
-    train.backward(model, ids.split(3), [33, 30, 27], r, nullcontext)
+    train.backward(model, data.Batch([(ids,)], [33, 30, 27], r.batch, 36), r, nullcontext)
     right = gradient(model)
     for weights in ((1, .3, .3), (1, .15, 0), (1, 0, 0)):                      # not divided by K, a depth missing, none
         model.zero_grad()

@@ -12,6 +12,7 @@ from conftest import ROOT, rms
 from safetensors.torch import load_file
 
 import nvfp4
+from quant import lowbit
 import train
 from kernels import fp4
 
@@ -112,7 +113,7 @@ def layer(monkeypatch, text, fast, x, w, dy, count=None):
     monkeypatch.setattr(fp4, "quantize", coded)
     torch.manual_seed(0)
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = nvfp4.matmul(x, w, count, nvfp4.Operands(replace(nvfp4.Recipe.read(text), fast=fast)))
+    y = lowbit.matmul(x, w, count, lowbit.Operands(replace(nvfp4.Recipe.read(text), fast=fast)))
     y.backward(dy)
     monkeypatch.undo()
     assert len(seen) == len(names)
@@ -140,11 +141,11 @@ def test_products_from_codes_are_the_emulated_ones(monkeypatch, dtype, text, cou
 def test_flushed_shares_are_counted_the_same(monkeypatch):
     shares = []
     for fast in (False, True):
-        how = nvfp4.Operands(nvfp4.Recipe(fast=fast))
+        how = lowbit.Operands(nvfp4.Recipe(fast=fast))
         how.flushed = {}
         torch.manual_seed(0)
         x = R(48, 32).relu().square().requires_grad_()
-        nvfp4.matmul(x, R(2, 32, 32, seed=1).requires_grad_(), torch.tensor([17, 31]), how).sum().backward()
+        lowbit.matmul(x, R(2, 32, 32, seed=1).requires_grad_(), torch.tensor([17, 31]), how).sum().backward()
         shares.append({k: v.tolist() for k, v in how.flushed.items()})
     assert shares[1].pop("dgrad w") == shares[0]["fprop w"] and shares[0] == shares[1] and shares[0]["fprop x"][0] > 0
 
