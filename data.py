@@ -5,14 +5,17 @@ Data: a batch is a pure function of (seed, step, rank).
     encode(enc, train)   one long row of ids, by tokenizer.py
     batch(ids, seed, step, size, length)   `size` windows of it, at places that a hash of (seed, step) names
 
-So a run that resumes at step 1000 needs no data state, and two ranks of half a batch see what one rank sees.
+So a run that resumes at step 1000 needs no data state, and two ranks of half a batch see what one
+rank sees.
 
-Two kinds of corpus need no download: `python`, the source of the running Python's standard library, and three
-synthetic tasks, lines so regular that entropy_floor knows the bits per byte a perfect model would pay.
+Two kinds of corpus need no download: `python`, the source of the running Python's standard library,
+and three synthetic tasks, lines so regular that entropy_floor knows the bits per byte a perfect
+model would pay.
 
 Not here  the network, except with --download; documents: a blank line joins files, and windows cross it
 Sources   llm.c, nanoGPT (token files); Salmon et al. 2011 (Philox)
 """
+
 import argparse
 import glob
 import math
@@ -28,29 +31,36 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so on.
-from tokenizer import encode, pack, token_bytes, tokenizer, unpack, vocab_size
+# data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so
+# on.
+from tokenizer import encode, token_bytes, tokenizer, vocab_size
 
-DATA = Path(__file__).resolve().parent / "data"                              # where --download writes
-URLS = {"shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
-        "fineweb": "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"}
-SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"     # its sha256
+DATA = Path(__file__).resolve().parent / "data"  # where --download writes
+URLS = {
+    "shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+    "fineweb": "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/",
+}
+SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its sha256
 TASKS = ("recall", "copy", "arithmetic")
 
 
 # 1. Corpora
 
+
 class Corpus(NamedTuple):
     """`size` in bytes; `sha256` of them all, or of 256 evenly spread MiB if token files hold more."""
+
     name: str
-    train: object                                                            # str, or an array of ids
+    train: object  # str, or an array of ids
     val: object
     size: int
     sha256: str
 
 
 def corpus(spec):
-    """`python`, `shakespeare`, `fineweb`, a task, a text or .bin file, a folder of .txt .md .py, a glob."""
+    """`python`, `shakespeare`, `fineweb`, a task, a text or .bin file, a folder of .txt .md .py, a
+    glob.
+    """
     path = Path(spec)
     if spec in TASKS:
         return text_corpus(spec, task(spec))
@@ -64,17 +74,21 @@ def corpus(spec):
         paths = [path] if path.is_file() else map(Path, glob.glob(spec, recursive=True))
     paths = sorted(paths, key=Path.as_posix)
     if not paths and spec in URLS:
-        raise ValueError(f"{spec} is not in {DATA}; fetch it once with: python data.py --download {spec}")
+        raise ValueError(
+            f"{spec} is not in {DATA}; fetch it once with: python data.py --download {spec}"
+        )
     if not paths:
-        raise ValueError(f"corpus {spec!r} is no file, no folder with .txt, .md or .py files, and none of "
-                         f"python, shakespeare, fineweb, {', '.join(TASKS)}")
+        raise ValueError(
+            f"corpus {spec!r} is no file, no folder with .txt, .md or .py files, and none of "
+            f"python, shakespeare, fineweb, {', '.join(TASKS)}"
+        )
     if all(p.suffix == ".bin" for p in paths):
         return token_corpus(spec, paths)
     return text_corpus(spec, "\n\n".join(map(read, paths)))
 
 
 def text_corpus(name, text):
-    cut, raw = len(text) * 95 // 100, text.encode()                          # between characters, not bytes
+    cut, raw = len(text) * 95 // 100, text.encode()  # between characters, not bytes
     if cut == 0:
         raise ValueError(f"corpus {name!r} is empty: {len(raw)} bytes leave nothing to train on")
     return Corpus(name, text[:cut], text[cut:], len(raw), sha256(raw).hexdigest())
@@ -82,18 +96,25 @@ def text_corpus(name, text):
 
 def read(path):
     try:
-        return path.read_text("utf-8-sig")                                   # \r\n becomes \n
+        return path.read_text("utf-8-sig")  # \r\n becomes \n
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte {e.object[e.start]:#04x} at {e.start:,}") from None
+        raise ValueError(
+            f"{path} is not UTF-8: byte {e.object[e.start]:#04x} at {e.start:,}"
+        ) from None
 
 
 def standard_library():
     """The running Python's own source: on every machine, without a download -> name, text.
 
-    Files come in the order of their path's hash: the last 5 % is a fair sample, not the alphabet's end."""
+    Files come in the order of their path's hash: the last 5 % is a fair sample, not the alphabet's
+    end."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [p.relative_to(root) for name in sys.stdlib_module_names         # not what pip or the build added
-             for p in (root / f"{name}.py", *(root / name).rglob("*.py")) if p.is_file()]
+    files = [
+        p.relative_to(root)
+        for name in sys.stdlib_module_names  # not what pip or the build added
+        for p in (root / f"{name}.py", *(root / name).rglob("*.py"))
+        if p.is_file()
+    ]
     files = [p for p in files if not {"test", "tests", "idlelib"} & set(p.parts)]
     files.sort(key=lambda p: sha256(p.as_posix().encode()).digest())
     text = "\n\n".join((root / p).read_text("utf-8", "replace") for p in files)
@@ -102,14 +123,23 @@ def standard_library():
 
 # 2. Token files, memory-mapped: 10 GB cost nothing until a window of them is read
 
+
 def layout(path):
-    """llm.c: int32[256] = magic, version, count, then ids. nanoGPT: bare uint16. -> dtype, count, offset"""
+    """llm.c: int32[256] = magic, version, count, then ids. nanoGPT: bare uint16. -> dtype, count,
+    offset
+    """
     size, head = path.stat().st_size, np.fromfile(path, "<i4", 256)
     kind, count, offset = "<u2", size // 2, 0
-    if len(head) == 256 and head[0] // 10000 == 2024:                        # GPT-2 ids cannot spell that
-        kind, count, offset = {20240520: "<u2", 20240801: "<u4"}.get(int(head[0])), int(head[2]), 1024
+    if len(head) == 256 and head[0] // 10000 == 2024:  # GPT-2 ids cannot spell that
+        kind, count, offset = (
+            {20240520: "<u2", 20240801: "<u4"}.get(int(head[0])),
+            int(head[2]),
+            1024,
+        )
         if kind is None:
-            raise ValueError(f"{path} has magic {head[0]}, neither 20240520 (uint16) nor 20240801 (uint32)")
+            raise ValueError(
+                f"{path} has magic {head[0]}, neither 20240520 (uint16) nor 20240801 (uint32)"
+            )
     need = offset + count * np.dtype(kind).itemsize
     if size != need:
         raise ValueError(f"{path} has {size:,} bytes where {count:,} ids need {need:,}")
@@ -141,12 +171,13 @@ def token_corpus(name, paths):
 def span(parts, a, b):
     """Views of positions a to b of the joined `parts`."""
     starts = np.cumsum([0, *map(len, parts)]).tolist()
-    views = [p[max(a - start, 0):max(b - start, 0)] for p, start in zip(parts, starts)]
+    views = [p[max(a - start, 0) : max(b - start, 0)] for p, start in zip(parts, starts)]
     return [v for v in views if len(v)]
 
 
 class Shards:
     """Several arrays read as one: a slice copies what it spans and leaves the rest alone."""
+
     def __init__(self, parts):
         self.parts = parts
 
@@ -160,27 +191,42 @@ class Shards:
 
 # 3. Synthetic tasks: a megabyte of lines whose entropy is known, the same on every machine
 
+
 def philox(seed, step, n):
-    """n uint64: a hash of (seed, step), not a place in a sequence. numpy promises to keep these bits."""
+    """n uint64: a hash of (seed, step), not a place in a sequence. numpy promises to keep these
+    bits.
+    """
     return np.random.Philox(key=np.array([seed, step], np.uint64)).random_raw(n)
 
 
 def task(name):
     """recall  k3a7...?a7a7...  8 different letters each with a digit; then 8 times one of them and its digit
-    copy  hbac...|hbac...    16 letters from a to p, and again             arithmetic  347+058=0405"""
+    copy  hbac...|hbac...    16 letters from a to p, and again             arithmetic  347+058=0405
+    """
+
     def dice(draw, sides, *shape):
-        return (philox(TASKS.index(name), draw, math.prod(shape)) % sides).astype(np.int64).reshape(shape)
+        return (
+            (philox(TASKS.index(name), draw, math.prod(shape)) % sides)
+            .astype(np.int64)
+            .reshape(shape)
+        )
+
     if name == "arithmetic":
         return "".join(f"{a:03}+{b:03}={a + b:04}\n" for a, b in dice(0, 1000, 76_923, 2).tolist())
     rows = 29_411
     if name == "copy":
-        said = asked = ord("a") + dice(0, 16, rows, 16)                      # (rows, 16)
+        said = asked = ord("a") + dice(0, 16, rows, 16)  # (rows, 16)
     else:
-        key = ord("a") + dice(0, 2**62, rows, 26).argsort(1)[:, :8]          # (rows, 8)     none twice
-        said = np.stack([key, ord("0") + dice(1, 10, rows, 8)], -1)          # (rows, 8, 2)
+        key = ord("a") + dice(0, 2**62, rows, 26).argsort(1)[:, :8]  # (rows, 8)     none twice
+        said = np.stack([key, ord("0") + dice(1, 10, rows, 8)], -1)  # (rows, 8, 2)
         asked = np.take_along_axis(said, dice(2, 8, rows, 8)[..., None], 1)  # (rows, 8, 2)
     sign = lambda c: np.full((rows, 1), ord(c))
-    line = [said.reshape(rows, 16), sign("|" if name == "copy" else "?"), asked.reshape(rows, 16), sign("\n")]
+    line = [
+        said.reshape(rows, 16),
+        sign("|" if name == "copy" else "?"),
+        asked.reshape(rows, 16),
+        sign("\n"),
+    ]
     return np.hstack(line).astype(np.uint8).tobytes().decode()
 
 
@@ -192,35 +238,45 @@ def entropy_floor(name):
 
 # 4. Batches, and the command line
 
+
 class Batch(NamedTuple):
-    """What a step learns from. Sums over all ranks' pieces are divided by `counts` and `rows`, the global batch's."""
-    pieces: list                                                             # of (ids (b, t+1), mask or None, ...)
-    counts: list                                                             # targets at depth 0, 1, ..., K, or weights
+    """What a step learns from. Sums over all ranks' pieces are divided by `counts` and `rows`, the
+    global batch's.
+    """
+
+    pieces: list  # of (ids (b, t+1), mask or None, ...)
+    counts: list  # targets at depth 0, 1, ..., K, or weights
     rows: int
     tokens: int
 
 
-def batch(tokens, seed, step, size, length, rank=0, world=1):                # -> (size / world, length) int64
+def batch(tokens, seed, step, size, length, rank=0, world=1):  # -> (size / world, length) int64
     """The rows of `rank`: it takes its stretch of one global batch, which knows only (seed, step)."""
     if len(tokens) < length:
         raise ValueError(f"the corpus has {len(tokens):,} tokens, one sequence needs {length:,}")
     if size % world:
         raise ValueError(f"a batch of {size} sequences does not divide among {world} ranks")
-    starts = philox(seed, step, size) % (len(tokens) - length + 1)           # (size,)
-    rows = [tokens[i:i + length] for i in starts.reshape(world, -1)[rank].tolist()]
+    starts = philox(seed, step, size) % (len(tokens) - length + 1)  # (size,)
+    rows = [tokens[i : i + length] for i in starts.reshape(world, -1)[rank].tolist()]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def describe(corpus, enc, train_tokens, val_tokens):
-    """One line on what is trained on; the last two are counts. Refuses a tokenizer too small for the ids."""
+    """One line on what is trained on; the last two are counts. Refuses a tokenizer too small for
+    the ids.
+    """
     ratio = corpus.size / (train_tokens + val_tokens)
     if not isinstance(corpus.val, str):
-        some = torch.from_numpy(corpus.val[:1 << 20].astype(np.int64))
+        some = torch.from_numpy(corpus.val[: 1 << 20].astype(np.int64))
         if some.max() >= vocab_size(enc):
-            raise ValueError(f"{corpus.name} has id {some.max()}, but {enc.name} has {vocab_size(enc):,} ids")
+            raise ValueError(
+                f"{corpus.name} has id {some.max()}, but {enc.name} has {vocab_size(enc):,} ids"
+            )
         ratio = token_bytes(enc)[some].double().mean()
-    return (f"{corpus.name}: {corpus.size:,} bytes, {train_tokens:,} + {val_tokens:,} tokens of {enc.name}, "
-            f"{ratio:.2f} bytes/token, sha256 {corpus.sha256[:12]}")
+    return (
+        f"{corpus.name}: {corpus.size:,} bytes, {train_tokens:,} + {val_tokens:,} tokens of {enc.name}, "
+        f"{ratio:.2f} bytes/token, sha256 {corpus.sha256[:12]}"
+    )
 
 
 def download(name, shards=1):
@@ -231,11 +287,17 @@ def download(name, shards=1):
     for there, here in files.items():
         path, part = DATA / here, DATA / (here + ".part")
         if not path.exists():
-            with urllib.request.urlopen(URLS[name] + there, timeout=60) as source, open(part, "wb") as sink:
+            with (
+                urllib.request.urlopen(URLS[name] + there, timeout=60) as source,
+                open(part, "wb") as sink,
+            ):
                 shutil.copyfileobj(source, sink)
-            if name == "shakespeare" and (got := sha256(part.read_bytes()).hexdigest()) != SHAKESPEARE:
+            if (
+                name == "shakespeare"
+                and (got := sha256(part.read_bytes()).hexdigest()) != SHAKESPEARE
+            ):
                 raise ValueError(f"{URLS[name]}{there} has sha256 {got}, not {SHAKESPEARE}")
-            if name == "fineweb" and layout(part)[2] == 0:                   # no checksum is published
+            if name == "fineweb" and layout(part)[2] == 0:  # no checksum is published
                 raise ValueError(f"{URLS[name]}{there} does not start like a token file")
             part.replace(path)
         print(f"{path}: {path.stat().st_size:,} bytes")
@@ -243,9 +305,15 @@ def download(name, shards=1):
 
 def main():
     """Prints what the file claims: a batch is a function, and what a task costs."""
-    parser = argparse.ArgumentParser(description="Bare: this file's ideas in numbers.", allow_abbrev=False)
-    parser.add_argument("--download", choices=list(URLS), help="fetch a corpus into data/, and nothing else")
-    parser.add_argument("--shards", type=int, default=1, help="training files of fineweb, 100 M tokens each")
+    parser = argparse.ArgumentParser(
+        description="Bare: this file's ideas in numbers.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--download", choices=list(URLS), help="fetch a corpus into data/, and nothing else"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=1, help="training files of fineweb, 100 M tokens each"
+    )
     args = parser.parse_args()
     if args.download:
         return download(args.download, args.shards)
@@ -255,11 +323,17 @@ def main():
     train, val = encode(enc, text.train), encode(enc, text.val)
     whole = batch(train, seed=0, step=7, size=4, length=20)
     ranks = [batch(train, seed=0, step=7, size=4, length=20, rank=r, world=2) for r in range(2)]
-    print(describe(text, enc, len(train), len(val)), "\nbatch(seed 0, step 7), 4 sequences of 20:",
-          *(f"    {enc.decode(row)!r}" for row in whole.tolist()), sep="\n")
-    print(f"rank 0 of 2 above rank 1 is the same: {torch.equal(whole, torch.cat(ranks))}\n"
-          f"step 8 is the same:                   {torch.equal(whole, batch(train, 0, 8, 4, 20))}\n\n"
-          "task         floor   in bits per byte: what a perfect model pays")
+    print(
+        describe(text, enc, len(train), len(val)),
+        "\nbatch(seed 0, step 7), 4 sequences of 20:",
+        *(f"    {enc.decode(row)!r}" for row in whole.tolist()),
+        sep="\n",
+    )
+    print(
+        f"rank 0 of 2 above rank 1 is the same: {torch.equal(whole, torch.cat(ranks))}\n"
+        f"step 8 is the same:                   {torch.equal(whole, batch(train, 0, 8, 4, 20))}\n\n"
+        "task         floor   in bits per byte: what a perfect model pays"
+    )
     for name in TASKS:
         print(f"{name:11}{entropy_floor(name):7.3f}   {task(name).splitlines()[0]}")
 

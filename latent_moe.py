@@ -1,9 +1,11 @@
 """
-LatentMoE: a mixture of experts in a narrow copy of the residual stream, so that more experts cost no more.
+LatentMoE: a mixture of experts in a narrow copy of the residual stream, so that more experts cost
+no more.
 
-A mixture of experts answers each token with k of its E small networks. Reading those experts' weights bounds
-a small batch, sending tokens to them a large one; both costs are proportional to the width of what an expert
-reads. So shrink it, d -> l, and spend the factor d/l on d/l times as many experts, d/l times as many a token:
+A mixture of experts answers each token with k of its E small networks. Reading those experts'
+weights bounds a small batch, sending tokens to them a large one; both costs are proportional to the
+width of what an expert reads. So shrink it, d -> l, and spend the factor d/l on d/l times as many
+experts, d/l times as many a token:
 
     s = sigmoid(W_r u)                      E scores, fp32, from the full-width token
     T = the k largest of s + bias           bias balances the load: it chooses ...
@@ -12,40 +14,49 @@ reads. So shrink it, d -> l, and spend the factor d/l on d/l times as many exper
     r = sum over e in T of  p_e W_down,e relu(W_up,e c)^2
     y = W_2 r + V_down relu(V_up u)^2       l -> d, once, after the sum; the shared expert stays at full width
 
-Two forces keep the experts equally busy. After every optimiser step the bias of an overloaded expert sinks by
-a fixed rate and that of an idle one rises (update_bias; no gradient, so the loss does not notice). A faint
-loss per sequence keeps single sequences from collapsing onto a few experts (`balance`, weight 1e-4).
+Two forces keep the experts equally busy. After every optimiser step the bias of an overloaded
+expert sinks by a fixed rate and that of an idle one rises (update_bias; no gradient, so the loss
+does not notice). A faint loss per sequence keeps single sequences from collapsing onto a few
+experts (`balance`, weight 1e-4).
 
 Letters   b batch  t time  d model width  m = b*t tokens  E experts  k chosen  l latent  f expert hidden
-Super     E=512 k=22 d=4096 l=1024 f=2688, shared hidden 5376, scale 5; 40 such layers: 95 % of all parameters
+Super     E=512 k=22 d=4096 l=1024 f=2688, shared hidden 5376, scale 5; 40 such layers: 95 % of all
+          parameters
 Not here  ranks: `exchange` is where tokens may leave for other machines. Quantised experts: replace `mm`
-Sources   arXiv:2601.18089 (latent), 2604.12374 sections 2.1 and 2.4, 2412.19437 section 2.1.2 (bias)
-Departs   from the release only in storage: experts are stacked (E, out, in); hf.py splits and joins them
+Sources   arXiv:2601.18089 (latent), 2604.12374 sections 2.1 and 2.4, 2412.19437 section 2.1.2
+          (bias)
+Departs   from the release only in storage: experts are stacked (E, out, in); hf.py splits and joins
+          them
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-FEW = 32                                                     # tokens, up to which Experts.wide may pay
+FEW = 32  # tokens, up to which Experts.wide may pay
 
 
 def grouped_mm(x, w, count):
     """Row block e of x times w[e].T.   x (m, i) by expert, w (E, o, i), count (E,) rows of each -> (m, o)"""
     w = w.to(x.dtype)
-    if torch_can(x, w):                                                      # one call instead of E
+    if torch_can(x, w):  # one call instead of E
         return F.grouped_mm(x, w.mT, offs=count.cumsum(0).int())
     return torch.cat([F.linear(rows, we) for rows, we in zip(x.split(count.tolist()), w)])
 
 
 def torch_can(x, w):
-    """Whether F.grouped_mm takes these: it wants rows of whole 16 bytes, and not fp64, nor every device."""
+    """Whether F.grouped_mm takes these: it wants rows of whole 16 bytes, and not fp64, nor every
+    device.
+    """
     whole = all(n * x.element_size() % 16 == 0 for n in w.shape[1:])
-    return whole and (x.dtype == torch.bfloat16 or x.dtype == torch.float32 and x.device.type == "cpu")
+    return whole and (
+        x.dtype == torch.bfloat16 or x.dtype == torch.float32 and x.device.type == "cpu"
+    )
 
 
 class MLP(nn.Module):
     """down(relu(up(x))^2): the un-gated network of shared experts and `-` layers.   (..., d) -> (..., d)"""
+
     def __init__(self, d, hidden):
         super().__init__()
         self.up_proj = nn.Linear(d, hidden, bias=False)
@@ -57,80 +68,94 @@ class MLP(nn.Module):
 
 class Router(nn.Module):
     """The scores' matrix, and the bias that only chooses (a buffer: no gradient ever reaches it)."""
+
     def __init__(self, d, experts):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(experts, d) * d ** -.5)
+        self.weight = nn.Parameter(torch.randn(experts, d) * d**-0.5)
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
 
-    def forward(self, u):                                                    # (m, d) -> (m, E)
-        with torch.autocast(u.device.type, enabled=False):                   # bf16 would round near-ties
+    def forward(self, u):  # (m, d) -> (m, E)
+        with torch.autocast(u.device.type, enabled=False):  # bf16 would round near-ties
             wide = torch.promote_types(u.dtype, torch.float32)
             return F.linear(u.to(wide), self.weight.to(wide)).sigmoid()
 
 
 class Experts(nn.Module):
     """All experts of a layer in two stacked matrices.   (m, l) -> (m, l), each token through its k experts"""
+
     def __init__(self, experts, width, hidden):
         super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(experts, hidden, width) * width ** -.5)
-        self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) * hidden ** -.5)
-        self.mm = grouped_mm                                                 # seam: for nvfp4.py's own
-        self.exchange = None                                                 # seam: parallel.py's all-to-all
-        self.fast = False                                                    # kernels/experts.py, all in one
+        self.up_proj = nn.Parameter(torch.randn(experts, hidden, width) * width**-0.5)
+        self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5)
+        self.mm = grouped_mm  # seam: for nvfp4.py's own
+        self.exchange = None  # seam: parallel.py's all-to-all
+        self.fast = False  # kernels/experts.py, all in one
 
-    def forward(self, c, pick, gate):                                        # (m, l) (m, k) (m, k)
+    def forward(self, c, pick, gate):  # (m, l) (m, k) (m, k)
         if self.fast:
             if self.exchange or not getattr(self.mm, "fast", self.mm is grouped_mm):
-                raise ValueError("experts with fast=True have no place for an exchange between ranks, or for an mm "
-                                 "without a kernel")
-            if self.mm is grouped_mm:                                        # four bits: mm has its own
+                raise ValueError(
+                    "experts with fast=True have no place for an exchange between ranks, or for an mm "
+                    "without a kernel"
+                )
+            if self.mm is grouped_mm:  # four bits: mm has its own
                 from kernels.experts import experts
+
                 return experts(c, pick, gate, self.up_proj, self.down_proj)
-        if torch.is_autocast_enabled(c.device.type):                         # as a Linear does of itself
+        if torch.is_autocast_enabled(c.device.type):  # as a Linear does of itself
             c = c.to(torch.get_autocast_dtype(c.device.type))
         (m, k), E = pick.shape, len(self.up_proj)
-        few = m <= FEW and m * k >= E or torch.compiler.is_exporting()       # which cannot follow who chose whom
+        few = (
+            m <= FEW and m * k >= E or torch.compiler.is_exporting()
+        )  # which cannot follow who chose whom
         if few and not (torch.is_grad_enabled() or self.exchange) and self.mm is grouped_mm:
             return self.wide(c, pick, gate)
-        order = pick.flatten().argsort(stable=True)                          # (m*k,)   slots, by expert
-        rows = c.index_select(0, order // k)                                 # (m*k, l)   each slot's token
-        count = pick.flatten().bincount(minlength=E)                         # (E,)
+        order = pick.flatten().argsort(stable=True)  # (m*k,)   slots, by expert
+        rows = c.index_select(0, order // k)  # (m*k, l)   each slot's token
+        count = pick.flatten().bincount(minlength=E)  # (E,)
         back = None
         if self.exchange:
             rows, count, back = self.exchange(rows, count)
-        hid = self.mm(rows, self.up_proj, count).relu().square()             # (m*k, f)
-        out = self.mm(hid, self.down_proj, count)                            # (m*k, l)
+        hid = self.mm(rows, self.up_proj, count).relu().square()  # (m*k, f)
+        out = self.mm(hid, self.down_proj, count)  # (m*k, l)
         if back:
             out = back(out)
         at = torch.arange(m * k, device=c.device)
-        slot = torch.empty_like(order).scatter_(0, order, at)                # order, inverted
-        out = out.index_select(0, slot).view(m, k, -1)                       # (m, k, l)   by token again
-        return (gate.to(c.dtype)[:, None] @ out).squeeze(1)                  # (m, l)   the weighted sum
-
+        slot = torch.empty_like(order).scatter_(0, order, at)  # order, inverted
+        out = out.index_select(0, slot).view(m, k, -1)  # (m, k, l)   by token again
+        return (gate.to(c.dtype)[:, None] @ out).squeeze(1)  # (m, l)   the weighted sum
 
     def wide(self, c, pick, gate):
-        """The same for few tokens, which together want most experts anyway. Then the price is reading the weights, and
-        all tokens may as well meet all experts: a gate of 0 switches off what a token did not choose."""
+        """The same for few tokens, which together want most experts anyway. Then the price is
+        reading the weights, and all tokens may as well meet all experts: a gate of 0 switches off
+        what a token did not choose."""
         E, up, down = len(self.up_proj), self.up_proj.to(c.dtype), self.down_proj.to(c.dtype)
-        switch = gate.new_zeros(len(c), E).scatter(1, pick, gate)            # (m, E)
-        hid = F.linear(c, up.flatten(0, 1)).relu().square()                  # (m, E*f)
-        hid = hid.unflatten(1, (E, -1)).transpose(0, 1)                      # (E, m, f)
+        switch = gate.new_zeros(len(c), E).scatter(1, pick, gate)  # (m, E)
+        hid = F.linear(c, up.flatten(0, 1)).relu().square()  # (m, E*f)
+        hid = hid.unflatten(1, (E, -1)).transpose(0, 1)  # (E, m, f)
         return torch.einsum("eml,me->ml", hid @ down.mT, switch.to(c.dtype))
 
 
 class LatentMoE(nn.Module):
-    """Router, latent projections, routed experts, shared expert. latent=None: the experts work at full width.
+    """Router, latent projections, routed experts, shared expert. latent=None: the experts work at
+    full width.
 
-    While training it keeps two notes for the optimiser step: `load` (E,), tokens each expert got since the
-    last update_bias, and `balance`, the sequence balance loss summed over sequences (None in evaluation).
+    While training it keeps two notes for the optimiser step: `load` (E,), tokens each expert got
+    since the last update_bias, and `balance`, the sequence balance loss summed over sequences (None
+    in evaluation).
     """
-    def __init__(self, d, experts, top_k, hidden, shared_hidden, latent=None, scale=1.0, norm_topk_prob=True):
+
+    def __init__(
+        self, d, experts, top_k, hidden, shared_hidden, latent=None, scale=1.0, norm_topk_prob=True
+    ):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"top-{top_k} of {experts} experts: choose between 1 and {experts}")
         if norm_topk_prob and top_k == 1:
-            raise ValueError("top-1 with normalised weights is always 1, and its router gets no gradient: "
-                             "use top_k >= 2")
+            raise ValueError(
+                "top-1 with normalised weights is always 1, and its router gets no gradient: "
+                "use top_k >= 2"
+            )
         self.top_k, self.scale, self.norm_topk_prob = top_k, scale, norm_topk_prob
         self.gate = Router(d, experts)
         self.fc1_latent_proj = nn.Linear(d, latent, bias=False) if latent else nn.Identity()
@@ -138,14 +163,14 @@ class LatentMoE(nn.Module):
         self.fc2_latent_proj = nn.Linear(latent, d, bias=False) if latent else nn.Identity()
         self.shared_experts = MLP(d, shared_hidden)
         self.register_buffer("load", torch.zeros(experts, dtype=torch.long), persistent=False)
-        self.balance = self.whole = None                     # whole: seam, for slices of a sequence
+        self.balance = self.whole = None  # whole: seam, for slices of a sequence
 
-    def forward(self, u):                                                    # (b, t, d) -> (b, t, d)
+    def forward(self, u):  # (b, t, d) -> (b, t, d)
         return self.mix(u, *self.route(u))
 
     def route(self, u):
         """Each token's k experts and their weights: pick, gate (m, k). Training, it notes them."""
-        score = self.gate(u.flatten(0, 1))                                   # (m, E)
+        score = self.gate(u.flatten(0, 1))  # (m, E)
         pick = (score.detach() + self.gate.e_score_correction_bias).topk(self.top_k).indices
         gate = score.gather(1, pick)
         if self.norm_topk_prob:
@@ -157,22 +182,27 @@ class LatentMoE(nn.Module):
         return pick, self.scale * gate
 
     def mix(self, u, pick, gate):
-        """Squeeze d -> l, run the chosen experts, sum, expand l -> d; the shared expert sees every token."""
-        c = self.fc1_latent_proj(u.flatten(0, 1))                            # (m, l)
-        r = self.experts(c, pick, gate)                                      # (m, l)
+        """Squeeze d -> l, run the chosen experts, sum, expand l -> d; the shared expert sees every
+        token.
+        """
+        c = self.fc1_latent_proj(u.flatten(0, 1))  # (m, l)
+        r = self.experts(c, pick, gate)  # (m, l)
         return self.fc2_latent_proj(r).view_as(u) + self.shared_experts(u)
 
 
 def sequence_balance(score, k, whole=None):
-    """E/(k t^2) sum_e (sum_t share_te) count_e, summed over sequences; each gives 1 balanced, E/k at worst.
+    """E/(k t^2) sum_e (sum_t share_te) count_e, summed over sequences; each gives 1 balanced, E/k
+    at worst.
 
-    share is the score over the sum of all E scores; count is the top-k of the scores without the bias, so
+    share is the score over the sum of all E scores; count is the top-k of the scores without the
+    bias, so
     that the two balancing forces do not answer each other.   score (b, t, E) -> scalar
-    Of a slice of the sequences: its part. whole(count, t) is then the count and length of whole ones.
+    Of a slice of the sequences: its part. whole(count, t) is then the count and length of whole
+    ones.
     """
     b, t, E = score.shape
-    share = (score / score.sum(-1, keepdim=True)).sum(1)                     # (b, E)
-    pick = score.detach().topk(k).indices.flatten(1)                         # (b, t*k)
+    share = (score / score.sum(-1, keepdim=True)).sum(1)  # (b, E)
+    pick = score.detach().topk(k).indices.flatten(1)  # (b, t*k)
     count = torch.zeros_like(share).scatter_add_(1, pick, torch.ones_like(pick, dtype=share.dtype))
     if whole:
         count, t = whole(count, t)
@@ -185,7 +215,9 @@ def layers(model):
 
 
 def take_balance(model):
-    """The balance loss noted since the last call, summed over layers and sequences; 0 if there is none."""
+    """The balance loss noted since the last call, summed over layers and sequences; 0 if there is
+    none.
+    """
     notes = [m.balance for m in layers(model) if m.balance is not None]
     for m in layers(model):
         m.balance = None
@@ -194,39 +226,50 @@ def take_balance(model):
 
 @torch.no_grad()
 def update_bias(model, rate=1e-3):
-    """Once per optimiser step: b_e += rate * sign(mean load - load_e), over all routed since the last call.
+    """Once per optimiser step: b_e += rate * sign(mean load - load_e), over all routed since the
+    last call.
 
-    Returns (MaxVio, dead experts) per layer: how far the busiest expert is above the mean (0 is perfect,
-    E/k - 1 the worst), and how many experts got nothing. Then it forgets the load.
+    Returns (MaxVio, dead experts) per layer: how far the busiest expert is above the mean (0 is
+    perfect, E/k - 1 the worst), and how many experts got nothing. Then it forgets the load.
     """
     notes = []
     for moe in layers(model):
         load, total, bias = moe.load, moe.load.sum(), moe.gate.e_score_correction_bias
-        bias += rate * (total - len(load) * load).sign().to(bias.dtype)      # in integers: exact
+        bias += rate * (total - len(load) * load).sign().to(bias.dtype)  # in integers: exact
         notes.append((load.max() * len(load) / total.clamp(min=1) - 1, (load == 0).sum()))
         moe.load.zero_()
     return [(float(v), int(dead)) for v, dead in notes]
 
 
 def main():
-    """Prints what the file claims: the latent pays for the experts, the bias alone evens out a bad router."""
+    """Prints what the file claims: the latent pays for the experts, the bias alone evens out a bad
+    router.
+    """
+
     def cost(E, k, l, f):
         return E * 2 * l * f, k * 2 * l * f, k * l
-    print("one layer, d=4096, f=2688           parameters   multiply-adds/token   numbers sent/token")
-    for name, E, k, l in (("standard        128 experts, top-6 ", 128, 6, 4096),
-                          ("latent l=1024   128 experts, top-6 ", 128, 6, 1024),
-                          ("latent l=1024   512 experts, top-22", 512, 22, 1024)):
+
+    print(
+        "one layer, d=4096, f=2688           parameters   multiply-adds/token   numbers sent/token"
+    )
+    for name, E, k, l in (
+        ("standard        128 experts, top-6 ", 128, 6, 4096),
+        ("latent l=1024   128 experts, top-6 ", 128, 6, 1024),
+        ("latent l=1024   512 experts, top-22", 512, 22, 1024),
+    ):
         held, work, sent = cost(E, k, l, 2688)
         print(f"  {name}{held / 1e9:11.2f} G{work / 1e6:17.1f} M{sent / 1e3:19.1f} k")
 
-    print("\n32 experts, top-4, 64 sequences of 64 tokens a step, "
-          "frozen random weights with four loud experts:")
+    print(
+        "\n32 experts, top-4, 64 sequences of 64 tokens a step, "
+        "frozen random weights with four loud experts:"
+    )
     loads = {}
     for rate in (0, 1e-2):
         torch.manual_seed(0)
         moe = LatentMoE(d=32, experts=32, top_k=4, hidden=16, shared_hidden=32, latent=8, scale=2.5)
         with torch.no_grad():
-            moe.gate.weight[:4, 0] += 1.5                                    # a constant pushes four up
+            moe.gate.weight[:4, 0] += 1.5  # a constant pushes four up
         for step in range(60):
             u = torch.randn(64, 64, 32)
             u[..., 0] = 1
@@ -234,7 +277,9 @@ def main():
             loads[rate] = moe.load.clone()
             vio, dead = update_bias(moe, rate)[0]
             if step in (0, 19, 59):
-                print(f"  bias rate {rate:<5g} step {step + 1:2}   MaxVio {vio:5.2f}   idle experts {dead}")
+                print(
+                    f"  bias rate {rate:<5g} step {step + 1:2}   MaxVio {vio:5.2f}   idle experts {dead}"
+                )
     for rate, load in loads.items():
         bars = "".join(" .:-=+*#%@"[min(9, int(5 * n / load.double().mean()))] for n in load)
         print(f"  load at the end, bias rate {rate:<5g} {bars}")

@@ -5,19 +5,23 @@ Nemotron 3 Super: a stack of 88 one-mixer layers, spelled out by a string.
     x = x + Mixer_l(RMSNorm_l(x))                   by letter l: M Mamba-2   * attention   E LatentMoE   - MLP
     logits = W_head RMSNorm_f(x)                    untied from the embedding
 
-Attention carries no position signal at all (NoPE): the Mamba layers in front of it know the order. Few layers
-attend, so the cache of a long conversation is small; few parameters are active, so a token is cheap; the
-string decides all of it.
+Attention carries no position signal at all (NoPE): the Mamba layers in front of it know the order.
+Few layers attend, so the cache of a long conversation is small; few parameters are active, so a
+token is cheap; the string decides all of it.
 
     super   MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME
 
-In this file: the model and its cache; its initialisation; its costs. The mixers: a file each. Sizes: config.py.
-`python model.py --preset super` prints the costs of any preset, without allocating a single weight.
+In this file: the model and its cache; its initialisation; its costs. The mixers: a file each.
+Sizes: config.py. `python model.py --preset super` prints the costs of any preset, without
+allocating a single weight.
 
 Letters   b batch  t time  d model width  v vocabulary
-Sources   arXiv:2604.12374 section 2.1 and table 1; names from the released config.json and checkpoint
-Departs   residual stream and parameters are fp32 (matrix products in bf16 under autocast), the release's bf16
+Sources   arXiv:2604.12374 section 2.1 and table 1; names from the released config.json and
+          checkpoint
+Departs   residual stream and parameters are fp32 (matrix products in bf16 under autocast), the
+          release's bf16
 """
+
 import argparse
 import math
 import zlib
@@ -34,20 +38,38 @@ from mtp import MTP
 
 class Block(nn.Module):
     """x + mixer(norm(x)): one letter of the pattern."""
+
     def __init__(self, c, letter):
         super().__init__()
         self.norm = nn.RMSNorm(c.hidden_size, c.layer_norm_epsilon)
-        self.remembers = letter in "M*"                                      # others look at one token only
+        self.remembers = letter in "M*"  # others look at one token only
         if letter == "M":
-            self.mixer = Mamba2(c.hidden_size, c.mamba_num_heads, c.mamba_head_dim, c.n_groups,
-                                c.ssm_state_size, c.conv_kernel, c.chunk_size, c.layer_norm_epsilon,
-                                c.use_conv_bias)
+            self.mixer = Mamba2(
+                c.hidden_size,
+                c.mamba_num_heads,
+                c.mamba_head_dim,
+                c.n_groups,
+                c.ssm_state_size,
+                c.conv_kernel,
+                c.chunk_size,
+                c.layer_norm_epsilon,
+                c.use_conv_bias,
+            )
         elif letter == "*":
-            self.mixer = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+            self.mixer = Attention(
+                c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+            )
         elif letter == "E":
-            self.mixer = LatentMoE(c.hidden_size, c.n_routed_experts, c.num_experts_per_tok,
-                                   c.moe_intermediate_size, c.moe_shared_expert_intermediate_size,
-                                   c.moe_latent_size, c.routed_scaling_factor, c.norm_topk_prob)
+            self.mixer = LatentMoE(
+                c.hidden_size,
+                c.n_routed_experts,
+                c.num_experts_per_tok,
+                c.moe_intermediate_size,
+                c.moe_shared_expert_intermediate_size,
+                c.moe_latent_size,
+                c.routed_scaling_factor,
+                c.norm_topk_prob,
+            )
         else:
             self.mixer = MLP(c.hidden_size, c.intermediate_size)
 
@@ -57,19 +79,23 @@ class Block(nn.Module):
 
 
 class Cache:
-    """All a model remembers of the tokens it has read: KV per attention layer, State per Mamba layer.
+    """All a model remembers of the tokens it has read: KV per attention layer, State per Mamba
+    layer.
 
-    The model appends to it: `model(ids, cache)` reads any number of tokens, so prefill, chunked prefill,
-    one-token decoding and verification are one call. With count (b,), rows are padded on the right, and only
-    count of their tokens are real.
+    The model appends to it: `model(ids, cache)` reads any number of tokens, so prefill, chunked
+    prefill, one-token decoding and verification are one call. With count (b,), rows are padded on
+    the right, and only count of their tokens are real.
     """
+
     def __init__(self, pattern, batch):
         kinds = {"M": State, "*": KV}
         self.batch, self.layers = batch, [kinds.get(letter, lambda: None)() for letter in pattern]
-        self.last = {}                                   # of an MTP cache with several blocks, see mtp.follow
+        self.last = {}  # of an MTP cache with several blocks, see mtp.follow
 
     def fix(self, room):
-        """Room for so many tokens a row and no more: see KV.fix. Only after something has been read."""
+        """Room for so many tokens a row and no more: see KV.fix. Only after something has been
+        read.
+        """
         for layer in self.layers:
             if isinstance(layer, KV):
                 layer.fix(room)
@@ -91,8 +117,8 @@ class Cache:
                 layer.trial = True
 
     def keep(self, count, t):
-        """Of the t tokens just read on trial, the first count (b,) of each row stay. Now the cache is, tensor
-        by tensor, as if it had never seen the others."""
+        """Of the t tokens just read on trial, the first count (b,) of each row stay. Now the cache
+        is, tensor by tensor, as if it had never seen the others."""
         same = bool((count == count[0]).all())
         for layer in self.layers:
             if isinstance(layer, State):
@@ -103,23 +129,37 @@ class Cache:
 
 class Nemotron(nn.Module):
     """The whole model. model(ids) -> logits (b, t, v) in fp32; model.mtp is the MTP block, or None."""
+
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = c = config
-        self.fast = False                                                    # the loss's share of it: train.py
+        self.fast = False  # the loss's share of it: train.py
         self.backbone = nn.Module()
         self.backbone.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.backbone.layers = nn.ModuleList(Block(c, letter) for letter in c.hybrid_override_pattern)
+        self.backbone.layers = nn.ModuleList(
+            Block(c, letter) for letter in c.hybrid_override_pattern
+        )
         self.backbone.norm_f = nn.RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.mtp = MTP(lambda letter: Block(c, letter), c.hidden_size, c.mtp_hybrid_override_pattern,
-                       c.num_nextn_predict_layers, c.mtp_num_layers,
-                       c.layer_norm_epsilon) if c.num_nextn_predict_layers else None
+        self.mtp = (
+            MTP(
+                lambda letter: Block(c, letter),
+                c.hidden_size,
+                c.mtp_hybrid_override_pattern,
+                c.num_nextn_predict_layers,
+                c.mtp_num_layers,
+                c.layer_norm_epsilon,
+            )
+            if c.num_nextn_predict_layers
+            else None
+        )
         if self.lm_head.weight.device.type != "meta":
             init_weights(self, seed)
 
     def hidden(self, ids, cache=None, count=None):
-        """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no gradient."""
+        """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no
+        gradient.
+        """
         if cache is not None and len(ids) != cache.batch:
             raise ValueError(f"{len(ids)} rows of tokens for a cache of {cache.batch} rows")
         if cache is not None and torch.is_grad_enabled():
@@ -148,9 +188,12 @@ class Nemotron(nn.Module):
 
 
 def paths(model, fast=False, experts="latent_moe.grouped_mm"):
-    """Sends every op that has a kernel through it, or none; returns the table that says so: op, path, reason."""
+    """Sends every op that has a kernel through it, or none; returns the table that says so: op,
+    path, reason.
+    """
     if fast:
         from kernels import on_gpu
+
         on_gpu("the model", model.lm_head.weight)
     switched = [m for m in model.modules() if hasattr(m, "fast")]
     for m in switched:
@@ -159,28 +202,44 @@ def paths(model, fast=False, experts="latent_moe.grouped_mm"):
     four = any(getattr(getattr(m, "mm", None), "fast", False) for m in switched)
     rows = [("op", "path", "reason")]
     for owner, op, kernel, readable in (
-            ("Mamba2", "recurrence", "ssd", "mamba.ssd_chunked"),
-            ("Mamba2", "convolution", "conv", "mamba.causal_conv"),
-            ("GatedNorm", "gated norm", "norm", "mamba.GatedNorm"), ("Experts", "experts", "experts", experts),
-            ("Nemotron", "losses", "loss", "mtp.nll"),
-            ("Attention", "attention", "", "F.scaled_dot_product_attention")):
+        ("Mamba2", "recurrence", "ssd", "mamba.ssd_chunked"),
+        ("Mamba2", "convolution", "conv", "mamba.causal_conv"),
+        ("GatedNorm", "gated norm", "norm", "mamba.GatedNorm"),
+        ("Experts", "experts", "experts", experts),
+        ("Nemotron", "losses", "loss", "mtp.nll"),
+        ("Attention", "attention", "", "F.scaled_dot_product_attention"),
+    ):
         if owner in there:
             can = any(type(m).__name__ == owner for m in switched)
             asked = "as asked: --fast" + "; four bits: kernels/fp4.py" * (four and op == "experts")
-            why = "torch's own kernel" if not kernel else asked if fast and can else "no kernel" if fast \
-                else "readable; --fast takes the kernel" if can else "readable"
+            why = (
+                "torch's own kernel"
+                if not kernel
+                else asked
+                if fast and can
+                else "no kernel"
+                if fast
+                else "readable; --fast takes the kernel"
+                if can
+                else "readable"
+            )
             rows.append((op, f"kernels/{kernel}.py" if fast and can else readable, why))
-    return [f"{'' if i else 'paths':10} {op:12} {path:32} {why}" for i, (op, path, why) in enumerate(rows)]
+    return [
+        f"{'' if i else 'paths':10} {op:12} {path:32} {why}"
+        for i, (op, path, why) in enumerate(rows)
+    ]
 
 
 @torch.no_grad()
 def init_weights(model, seed=0, put=torch.Tensor.copy_):
-    """Writes every parameter as pre-training did (section 1.6 of the report's code), zeroes router biases.
+    """Writes every parameter as pre-training did (section 1.6 of the report's code), zeroes router
+    biases.
 
-    N(0, std) for matrices, divided by sqrt(layers) where they write into the residual stream; dt log-uniform
-    in [time_step_min, time_step_max]; A uniform in (1, 16). Each tensor has its own generator, seeded by its
-    name, so the numbers depend neither on the device nor on which other tensors exist. Works on a model moved
-    from the meta device; put(p, w) writes w into p, or only the part of it that p holds.
+    N(0, std) for matrices, divided by sqrt(layers) where they write into the residual stream; dt
+    log-uniform in [time_step_min, time_step_max]; A uniform in (1, 16). Each tensor has its own
+    generator, seeded by its name, so the numbers depend neither on the device nor on which other
+    tensors exist. Works on a model moved from the meta device; put(p, w) writes w into p, or only
+    the part of it that p holds.
     """
     c = model.config
     for name, p in model.state_dict().items():
@@ -188,15 +247,20 @@ def init_weights(model, seed=0, put=torch.Tensor.copy_):
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if kind == "e_score_correction_bias":
             w = torch.zeros(p.shape)
-        elif "conv1d" in name:                                               # PyTorch's default for k taps
-            w = torch.empty(p.shape).uniform_(-1, 1, generator=g) * c.conv_kernel ** -.5
+        elif "conv1d" in name:  # PyTorch's default for k taps
+            w = torch.empty(p.shape).uniform_(-1, 1, generator=g) * c.conv_kernel**-0.5
         elif kind == "A_log":
             w = torch.empty(p.shape).uniform_(1, 16, generator=g).log()
         elif kind == "dt_bias":
             low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            dt = torch.empty(p.shape).uniform_(low, high, generator=g).exp().clamp(min=c.time_step_floor)
+            dt = (
+                torch.empty(p.shape)
+                .uniform_(low, high, generator=g)
+                .exp()
+                .clamp(min=c.time_step_floor)
+            )
             w = dt.expm1().log()
-        elif p.ndim == 1:                                                    # norms and D
+        elif p.ndim == 1:  # norms and D
             w = torch.ones(p.shape)
         else:
             into_residual = kind in ("o_proj", "out_proj", "down_proj", "fc2_latent_proj")
@@ -209,10 +273,11 @@ def init_weights(model, seed=0, put=torch.Tensor.copy_):
 
 
 def costs(config, context=8192):
-    """Rows (what, layers, parameters, active ones, forward FLOPs per token), MTP's row, the cache's bytes.
+    """Rows (what, layers, parameters, active ones, forward FLOPs per token), MTP's row, the cache's
+    bytes.
 
-    FLOPs: two per active weight, and what the mixers do besides: attention over a mean of context/2 keys, and
-    the scan. No weight is made.
+    FLOPs: two per active weight, and what the mixers do besides: attention over a mean of context/2
+    keys, and the scan. No weight is made.
     """
     c = config
     with torch.device("meta"):
@@ -220,44 +285,72 @@ def costs(config, context=8192):
     scores = 2 * c.chunk_size * c.n_groups * c.ssm_state_size
     scan = 2 * c.mamba_num_heads * c.mamba_head_dim * (c.chunk_size + 2 * c.ssm_state_size) + scores
     beside = {"M": scan, "*": 4 * c.num_attention_heads * c.head_dim * context / 2}
+
     def row(what, module, layers=1, extra=0):
         tensors = module.state_dict().items()
         total = sum(p.numel() for _, p in tensors)
         idle = sum(p.numel() for n, p in tensors if ".experts." in "." + n)
         idle *= 1 - c.num_experts_per_tok / c.n_routed_experts
         matrices = sum(p.numel() for _, p in tensors if p.ndim > 1) - idle
-        return what, layers, layers * total, layers * round(total - idle), layers * (2 * matrices + extra)
+        return (
+            what,
+            layers,
+            layers * total,
+            layers * round(total - idle),
+            layers * (2 * matrices + extra),
+        )
+
     rows = []
     for letter, what in LETTERS.items():
-        blocks = [b for b, x in zip(model.backbone.layers, c.hybrid_override_pattern) if x == letter]
+        blocks = [
+            b for b, x in zip(model.backbone.layers, c.hybrid_override_pattern) if x == letter
+        ]
         if blocks:
             rows.append(row(f"{letter} {what}", blocks[0], len(blocks), beside.get(letter, 0)))
-    rows += [("embedding", 1, *[model.backbone.embeddings.weight.numel()] * 2, 0),
-             row("final norm", model.backbone.norm_f), row("head", model.lm_head)]
+    rows += [
+        ("embedding", 1, *[model.backbone.embeddings.weight.numel()] * 2, 0),
+        row("final norm", model.backbone.norm_f),
+        row("head", model.lm_head),
+    ]
     extra = sum(beside.get(x, 0) for x in c.mtp_hybrid_override_pattern)
     mtp = row("MTP block", model.mtp, 1, extra) if model.mtp else None
     channels = c.mamba_num_heads * c.mamba_head_dim + 2 * c.n_groups * c.ssm_state_size
-    state = 4 * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size + 2 * (c.conv_kernel - 1) * channels
-    cache = dict(kv=c.hybrid_override_pattern.count("*") * 4 * c.num_key_value_heads * c.head_dim,
-                 state=c.hybrid_override_pattern.count("M") * state)
+    state = (
+        4 * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
+        + 2 * (c.conv_kernel - 1) * channels
+    )
+    cache = dict(
+        kv=c.hybrid_override_pattern.count("*") * 4 * c.num_key_value_heads * c.head_dim,
+        state=c.hybrid_override_pattern.count("M") * state,
+    )
     return rows, mtp, cache
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="What a preset is made of and what it costs.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        description="What a preset is made of and what it costs.", allow_abbrev=False
+    )
     p.add_argument("--preset", default="super", help=", ".join(PRESETS))
-    p.add_argument("--context", type=int, default=8192, help="tokens of context, for FLOPs and cache")
+    p.add_argument(
+        "--context", type=int, default=8192, help="tokens of context, for FLOPs and cache"
+    )
     a = p.parse_args(argv)
     try:
         c = Config.preset(a.preset)
     except ValueError as e:
         p.error(str(e))
     rows, mtp, cache = costs(c, a.context)
-    print(f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n\n  {c.hybrid_override_pattern}\n")
-    print(f"{'':14}{'layers':>7}{'parameters':>18}{'active':>17}{'GFLOP/token':>13}   "
-          f"forward, context {a.context:,}")
+    print(
+        f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n\n  {c.hybrid_override_pattern}\n"
+    )
+    print(
+        f"{'':14}{'layers':>7}{'parameters':>18}{'active':>17}{'GFLOP/token':>13}   "
+        f"forward, context {a.context:,}"
+    )
+
     def show(what, n, total, active, flops):
         print(f"{what:14}{n:7}{total:18,}{active:17,}{flops / 1e9:13.3f}")
+
     for r in rows:
         show(*r)
     total, active, flops = (sum(r[i] for r in rows) for i in (2, 3, 4))
@@ -268,13 +361,17 @@ def main(argv=None):
         print(f"{'total with MTP':21}{total + mtp[2]:18,}")
     everything = total + (mtp[2] if mtp else 0)
     size = lambda tokens: (cache["kv"] * tokens + cache["state"]) / 1e9
-    print(f"\ncache      {cache['kv']:,} bytes a token (keys and values, bf16) and {cache['state']:,} bytes "
-          "a sequence (S in fp32, conv window in bf16):\n           "
-          f"{size(a.context):.3f} GB for {a.context:,} tokens, {size(2**20):.3f} GB for 1,048,576")
+    print(
+        f"\ncache      {cache['kv']:,} bytes a token (keys and values, bf16) and {cache['state']:,} bytes "
+        "a sequence (S in fp32, conv window in bf16):\n           "
+        f"{size(a.context):.3f} GB for {a.context:,} tokens, {size(2**20):.3f} GB for 1,048,576"
+    )
     print(f"inference  {2 * everything / 1e9:,.2f} GB of weights in bf16")
-    print(f"training   {16 * everything / 1e9:,.2f} GB for weights, gradients and AdamW's two moments "
-          f"in fp32, before activations;\n           "
-          f"{3 * flops / 1e9:,.3f} GFLOP a token, forward and backward, without MTP")
+    print(
+        f"training   {16 * everything / 1e9:,.2f} GB for weights, gradients and AdamW's two moments "
+        f"in fp32, before activations;\n           "
+        f"{3 * flops / 1e9:,.3f} GFLOP a token, forward and backward, without MTP"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Sources   arXiv:1508.07909 (learning); tiktoken (the rule); GPT-2's encoder.py (
 Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 control tokens. All counts agree
           with the release; only the release's own tokenizer.json names those 1,000 and could prove it
 """
+
 import base64
 import importlib.util
 import json
@@ -36,21 +37,29 @@ import tiktoken
 import torch
 
 END = "<|endoftext|>"
-# A word with the sign or blank before it; a digit; signs with the white space after them, so that ":\n    "
-# can be one token; a line break with its indentation; other blanks, the last one left to the next word.
+# A word with the sign or blank before it; a digit; signs with the white space after them, so that
+# ":\n    "
+# can be one token; a line break with its indentation; other blanks, the last one left to the next
+# word.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\s*|\s*\n\s*|\s+(?!\S)|\s+"
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def tokenizer(spec, text=None):
-    """`bytes`, `bpe:N` (N ids in all, learned from `text`), `nemotron`, or a path -> tiktoken.Encoding."""
+    """`bytes`, `bpe:N` (N ids in all, learned from `text`), `nemotron`, or a path ->
+    tiktoken.Encoding.
+    """
     if spec == "bytes":
-        return tiktoken.Encoding(spec, pat_str="(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END: 256})
+        return tiktoken.Encoding(
+            spec,
+            pat_str="(?s:.)",
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={END: 256},
+        )
     if spec.startswith("bpe:"):
         return train_bpe(spec, text)
     path = nemotron_file() if spec == "nemotron" else Path(spec)
-    if path.is_dir():                                                        # a downloaded checkpoint
+    if path.is_dir():  # a downloaded checkpoint
         path = path / ("tokenizer.json" if (path / "tokenizer.json").is_file() else "tekken.json")
     if not path.is_file():
         raise ValueError(f"tokenizer {str(path)!r} is not bytes, bpe:N, nemotron or a file")
@@ -58,7 +67,9 @@ def tokenizer(spec, text=None):
     kinds = {"ranks": unpack, "model": from_hugging_face, "vocab": from_tekken}
     kind = next((key for key in kinds if isinstance(d.get(key), (dict, list))), None)
     if kind is None:
-        raise ValueError(f"{path} is no tokenizer.json, tekken.json or pack: it starts with {list(d)[:3]}")
+        raise ValueError(
+            f"{path} is no tokenizer.json, tekken.json or pack: it starts with {list(d)[:3]}"
+        )
     enc = kinds[kind](d)
     if spec == "nemotron" and vocab_size(enc) != 131_072:
         raise ValueError(f"{path} has {vocab_size(enc):,} ids, Nemotron 3 has 131,072")
@@ -66,18 +77,27 @@ def tokenizer(spec, text=None):
 
 
 def train_bpe(spec, text):
-    """From 256 bytes, N - 257 times: join the commonest pair of neighbours. The last id is <|endoftext|>."""
+    """From 256 bytes, N - 257 times: join the commonest pair of neighbours. The last id is
+    <|endoftext|>.
+    """
     import rustbpe
+
     size = int(spec[4:]) if spec[4:].isdigit() else 0
     if size < 257 or not isinstance(text, str):
-        raise ValueError(f"{spec!r} needs a number from 257 up (bytes and {END}) and a text to learn from")
+        raise ValueError(
+            f"{spec!r} needs a number from 257 up (bytes and {END}) and a text to learn from"
+        )
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(pieces(text), size - 1, pattern=WORDS)
     ranks = {bytes(token): i for token, i in bpe.get_mergeable_ranks()}
     if len(ranks) < size - 1:
-        raise ValueError(f"{spec} asks for {size - 257:,} pairs to join, but the {len(text):,} characters "
-                         f"it learns from have {len(ranks) - 256:,}")
-    return tiktoken.Encoding(spec, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: size - 1})
+        raise ValueError(
+            f"{spec} asks for {size - 257:,} pairs to join, but the {len(text):,} characters "
+            f"it learns from have {len(ranks) - 256:,}"
+        )
+    return tiktoken.Encoding(
+        spec, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: size - 1}
+    )
 
 
 def nemotron_file():
@@ -87,25 +107,37 @@ def nemotron_file():
     for p in (Path("tokenizer.json"), Path("tekken.json"), *theirs):
         if p.is_file():
             return p
-    raise ValueError("nemotron needs the release's tokenizer.json or a tekken.json in this folder, or one "
-                     "from mistral_common (pip install --no-deps mistral-common)")
+    raise ValueError(
+        "nemotron needs the release's tokenizer.json or a tekken.json in this folder, or one "
+        "from mistral_common (pip install --no-deps mistral-common)"
+    )
 
 
 def from_tekken(d):
-    """Control tokens have the first ids; the table counts from 0 behind them, and not all of it is used."""
+    """Control tokens have the first ids; the table counts from 0 behind them, and not all of it is
+    used.
+    """
     first, size = d["config"]["default_num_special_tokens"], d["config"]["default_vocab_size"]
     names = {t["rank"]: t["token_str"] for t in d.get("special_tokens") or []}
-    ranks = {base64.b64decode(t["token_bytes"]): first + t["rank"] for t in d["vocab"][:size - first]}
-    return tiktoken.Encoding("tekken", pat_str=d["config"]["pattern"], mergeable_ranks=ranks,
-                             special_tokens={names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)})
+    ranks = {
+        base64.b64decode(t["token_bytes"]): first + t["rank"] for t in d["vocab"][: size - first]
+    }
+    return tiktoken.Encoding(
+        "tekken",
+        pat_str=d["config"]["pattern"],
+        mergeable_ranks=ranks,
+        special_tokens={names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)},
+    )
 
 
 def from_hugging_face(d):
     """tokenizer.json -> the same ids, or a refusal that names what a regex and a table cannot say.
 
-    The file lists which pairs may join and in which order; our rule knows only ids. They agree on every word
-    if the list is in the order of the ids it makes, and has the last join of each entry: two neighbours that
-    could make an entry grew from their bytes just as they do when that entry is the whole word."""
+    The file lists which pairs may join and in which order; our rule knows only ids. They agree on
+    every word if the list is in the order of the ids it makes, and has the last join of each entry:
+    two neighbours that could make an entry grew from their bytes just as they do when that entry is
+    the whole word."""
+
     def need(ok, why):
         if not ok:
             raise ValueError(f"tokenizer.json does not fit a tiktoken table: {why}")
@@ -117,24 +149,34 @@ def from_hugging_face(d):
         need(not model.get(field), f"{field} is {model.get(field)!r}")
     need(not d.get("normalizer"), f"its normalizer changes the text first: {d.get('normalizer')}")
 
-    # 1. One regular expression. Several in a row are not one: each cuts what the one before has left.
+    # 1. One regular expression. Several in a row are not one: each cuts what the one before has
+    # left.
     *cuts, last = pre.get("pretokenizers") or [pre]
-    need(last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
-         "its pre-tokenizer does not end in ByteLevel without add_prefix_space")
+    need(
+        last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
+        "its pre-tokenizer does not end in ByteLevel without add_prefix_space",
+    )
     for c in cuts:
-        need(c["type"] == "Split" and "Regex" in c["pattern"]
-             and (c["behavior"], c.get("invert", False)) in (("Isolated", False), ("Removed", True)),
-             f"its pre-tokenizer {c['type']} is no Split that keeps what a Regex finds")
+        need(
+            c["type"] == "Split"
+            and "Regex" in c["pattern"]
+            and (c["behavior"], c.get("invert", False)) in (("Isolated", False), ("Removed", True)),
+            f"its pre-tokenizer {c['type']} is no Split that keeps what a Regex finds",
+        )
     regex = [c["pattern"]["Regex"] for c in cuts] + [GPT2_WORDS] * last.get("use_regex", True)
     need(len(regex) == 1, f"its pre-tokenizer splits {len(regex)} times, not once")
 
-    # 2. One table. ByteLevel writes a byte as a visible character: itself, or the next free one from U+0100.
+    # 2. One table. ByteLevel writes a byte as a visible character: itself, or the next free one
+    # from U+0100.
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in seen]
     byte = dict(zip(map(chr, [*seen, *range(256, 512)]), seen + rest))
     special = {t["content"]: t["id"] for t in added}
     for t in added:
-        need(t.get("special") or not t["content"].isspace(), f"added token {t['content']!r} cuts plain text")
+        need(
+            t.get("special") or not t["content"].isspace(),
+            f"added token {t['content']!r} cuts plain text",
+        )
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
     for token in vocab:
         need(byte.keys() >= set(token), f"token {token!r} is not in ByteLevel's alphabet")
@@ -146,36 +188,59 @@ def from_hugging_face(d):
     merges = [tuple(bytes(byte[c] for c in half) for half in m) for m in merges]
     made, listed = [ranks.get(b"".join(m), -1) for m in merges], set(merges)
     for i, (before, here) in enumerate(zip([0] + made, made)):
-        need(before <= here, f"merge {i} makes id {here} after id {before}: merge order is not id order")
+        need(
+            before <= here,
+            f"merge {i} makes id {here} after id {before}: merge order is not id order",
+        )
     for token, i in ranks.items():
-        need(len(token) == 1 or halves(token, ranks) in listed, f"its merges do not make id {i}, {token!r}")
-    enc = tiktoken.Encoding("tokenizer.json", pat_str=regex[0], mergeable_ranks=ranks, special_tokens=special)
+        need(
+            len(token) == 1 or halves(token, ranks) in listed,
+            f"its merges do not make id {i}, {token!r}",
+        )
+    enc = tiktoken.Encoding(
+        "tokenizer.json", pat_str=regex[0], mergeable_ranks=ranks, special_tokens=special
+    )
     probe = "".join(map(chr, range(0x3000)))
-    need(enc.decode(enc.encode_ordinary(probe)) == probe, f"its Regex leaves characters out: {regex[0]}")
+    need(
+        enc.decode(enc.encode_ordinary(probe)) == probe,
+        f"its Regex leaves characters out: {regex[0]}",
+    )
     return enc
 
 
 def halves(token, ranks):
-    """The pair whose join is `token`: the rule of this file in slow motion, stopped before its last join."""
-    parts = [token[i:i + 1] for i in range(len(token))]
+    """The pair whose join is `token`: the rule of this file in slow motion, stopped before its last
+    join.
+    """
+    parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         join = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
         i = join.index(min(join))
         if join[i] >= ranks[token]:
-            return None                                                      # stuck: nothing leads to `token`
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            return None  # stuck: nothing leads to `token`
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts)
 
 
 def pack(enc):
-    """Everything an Encoding is, in str, int and dict: fit for JSON and for torch.load(weights_only=True)."""
-    return {"name": enc.name, "pattern": enc._pat_str, "special": dict(enc._special_tokens),
-            "ranks": {base64.b64encode(token).decode(): i for token, i in enc._mergeable_ranks.items()}}
+    """Everything an Encoding is, in str, int and dict: fit for JSON and for
+    torch.load(weights_only=True).
+    """
+    return {
+        "name": enc.name,
+        "pattern": enc._pat_str,
+        "special": dict(enc._special_tokens),
+        "ranks": {base64.b64encode(token).decode(): i for token, i in enc._mergeable_ranks.items()},
+    }
 
 
 def unpack(d):
-    return tiktoken.Encoding(d["name"], pat_str=d["pattern"], special_tokens=d["special"],
-                             mergeable_ranks={base64.b64decode(token): i for token, i in d["ranks"].items()})
+    return tiktoken.Encoding(
+        d["name"],
+        pat_str=d["pattern"],
+        special_tokens=d["special"],
+        mergeable_ranks={base64.b64decode(token): i for token, i in d["ranks"].items()},
+    )
 
 
 def vocab_size(enc):
@@ -192,7 +257,9 @@ def token_bytes(enc):
 
 
 def pieces(text, size=1 << 18):
-    """Cuts before a line that starts with a word, where word patterns cut anyway: the ids stay the same."""
+    """Cuts before a line that starts with a word, where word patterns cut anyway: the ids stay the
+    same.
+    """
     start = 0
     while start < len(text):
         line = re.compile(r"\S\n(?=\w)").search(text, start + size)
@@ -202,9 +269,11 @@ def pieces(text, size=1 << 18):
 
 
 def encode(enc, text):
-    """str -> (tokens,) uint16, or uint32 beyond 65,536 ids. Threads help, since tiktoken releases the GIL."""
+    """str -> (tokens,) uint16, or uint32 beyond 65,536 ids. Threads help, since tiktoken releases
+    the GIL.
+    """
     if not isinstance(text, str):
-        return text                                                          # token files hold ids already
+        return text  # token files hold ids already
     kind = np.uint16 if vocab_size(enc) <= 1 << 16 else np.uint32
     with ThreadPoolExecutor() as pool:
         ids = pool.map(lambda piece: np.array(enc.encode_ordinary(piece), kind), pieces(text))

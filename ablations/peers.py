@@ -1,15 +1,18 @@
 """
-Our readable code beside transformers' on a CPU: the same small Nemotron, trained and sampled from, in fp32.
+Our readable code beside transformers' on a CPU: the same small Nemotron, trained and sampled from,
+in fp32.
 
     python ablations/peers.py                       about two minutes on two cores, half of them the compiler's
 
-Both sides take turns, so that whatever else the machine does hits both; the table shows medians. A step is forward,
-backward, clipping and AdamW on 8 x 256 random tokens, ours with the balance loss and the routers' biases besides.
-Generation is greedy, 8 prompts of 64 tokens and 128 new ones each; ours plainly, and through sample.compiled.
+Both sides take turns, so that whatever else the machine does hits both; the table shows medians. A
+step is forward, backward, clipping and AdamW on 8 x 256 random tokens, ours with the balance loss
+and the routers' biases besides. Generation is greedy, 8 prompts of 64 tokens and 128 new ones each;
+ours plainly, and through sample.compiled.
 
-The last line is what no change of ours can get below: the operations of a step's matrix products, at the rate this
-machine multiplies large matrices.
+The last line is what no change of ours can get below: the operations of a step's matrix products,
+at the rate this machine multiplies large matrices.
 """
+
 import argparse
 import statistics
 import sys
@@ -20,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-here = sys.path.pop(0)                                   # a folder of ours is called kernels, as is a package that
-import transformers                                      # transformers looks for: it must not see it
+here = sys.path.pop(0)  # a folder of ours is called kernels, as is a package that
+import transformers  # transformers looks for: it must not see it
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 sys.path[:0] = [here, str(Path(__file__).resolve().parents[1])]
@@ -30,11 +33,27 @@ import mtp
 import sample
 from model import Config, Nemotron
 
-SIZES = dict(vocab_size=1024, hidden_size=256, hybrid_override_pattern="MEM*EMEM", num_attention_heads=4,
-             num_key_value_heads=2, head_dim=64, mamba_num_heads=8, mamba_head_dim=64, ssm_state_size=64, n_groups=2,
-             conv_kernel=4, chunk_size=64, n_routed_experts=16, num_experts_per_tok=4, moe_latent_size=64,
-             moe_intermediate_size=168, moe_shared_expert_intermediate_size=336, routed_scaling_factor=2.5,
-             initializer_range=.02)
+SIZES = dict(
+    vocab_size=1024,
+    hidden_size=256,
+    hybrid_override_pattern="MEM*EMEM",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    mamba_num_heads=8,
+    mamba_head_dim=64,
+    ssm_state_size=64,
+    n_groups=2,
+    conv_kernel=4,
+    chunk_size=64,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_latent_size=64,
+    moe_intermediate_size=168,
+    moe_shared_expert_intermediate_size=336,
+    routed_scaling_factor=2.5,
+    initializer_range=0.02,
+)
 BATCH, LENGTH, PROMPTS, PROMPT, NEW = 8, 256, 8, 64, 128
 
 
@@ -43,6 +62,7 @@ def theirs(experts):
     model = NemotronHForCausalLM(NemotronHConfig(**SIZES, eos_token_id=None, pad_token_id=0))
     model.set_experts_implementation(experts)
     opt = torch.optim.AdamW(model.parameters(), 1e-3)
+
     def step():
         ids = torch.randint(1024, (BATCH, LENGTH + 1))
         logits = model.train()(input_ids=ids[:, :-1], use_cache=False).logits
@@ -50,9 +70,13 @@ def theirs(experts):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
+
     def generate():
         prompts = torch.randint(1, 1024, (PROMPTS, PROMPT))
-        return model.eval().generate(prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+        return model.eval().generate(
+            prompts, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+
     return step, generate
 
 
@@ -60,6 +84,7 @@ def ours(compiled):
     model = Nemotron(Config(**SIZES, num_nextn_predict_layers=0))
     opt = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     decode = sample.compiled(model) if compiled else None
+
     def step():
         ids = torch.randint(1024, (BATCH, LENGTH + 1))
         y, h = ids[:, 1:], model.train().hidden(ids[:, :-1])
@@ -69,8 +94,12 @@ def ours(compiled):
         opt.step()
         opt.zero_grad()
         latent_moe.update_bias(model)
+
     def generate():
-        return sample.generate(model.eval(), torch.randint(1, 1024, (PROMPTS, PROMPT)), NEW, step=decode)
+        return sample.generate(
+            model.eval(), torch.randint(1, 1024, (PROMPTS, PROMPT)), NEW, step=decode
+        )
+
     return step, generate
 
 
@@ -93,27 +122,38 @@ def main():
     p.add_argument("--no-compile", action="store_true", help="leave out the compiled step")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    sample.quicken()                                     # both sides: it is the process that keeps its memory
+    sample.quicken()  # both sides: it is the process that keeps its memory
     torch.manual_seed(0)
-    peers = {"transformers, eager experts": theirs("eager"), "transformers, grouped_mm experts": theirs("grouped_mm"),
-             "ours": ours(False)}
+    peers = {
+        "transformers, eager experts": theirs("eager"),
+        "transformers, grouped_mm experts": theirs("grouped_mm"),
+        "ours": ours(False),
+    }
     train = turns([step for step, _ in peers.values()], a.rounds)
     if not a.no_compile:
         peers["ours, compiled step"] = ours(True)
     text = turns([generate for _, generate in peers.values()], a.rounds)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {a.threads} threads, fp32, "
-          f"{a.rounds} rounds; ratios to transformers' better one")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {a.threads} threads, fp32, "
+        f"{a.rounds} rounds; ratios to transformers' better one"
+    )
     print(f"{'':34}{'training tok/s':>16}{'':8}{'generating tok/s':>18}")
     for i, name in enumerate(peers):
-        t = f"{BATCH * LENGTH / train[i]:16,.0f}{min(train[:2]) / train[i]:7.2f}x" if i < len(train) else " " * 24
+        t = (
+            f"{BATCH * LENGTH / train[i]:16,.0f}{min(train[:2]) / train[i]:7.2f}x"
+            if i < len(train)
+            else " " * 24
+        )
         print(f"{name:34}{t}{PROMPTS * NEW / text[i]:18,.0f}{min(text[:2]) / text[i]:7.2f}x")
     with FlopCounterMode(display=False) as counted:
         peers["ours"][0]()
     x, w = torch.randn(2048, 1024), torch.randn(1024, 1024)
     rate = 2 * x.numel() * 1024 / turns([lambda: x @ w], 50)[0]
     flops = counted.get_total_flops()
-    print(f"products of a step: {flops / 1e9:.1f} GFLOP, {1e3 * flops / rate:.0f} ms at {rate / 1e9:.0f} GFLOP/s; "
-          f"ours takes {1e3 * train[2]:.0f} ms in all, half of transformers' {500 * min(train[:2]):.0f}")
+    print(
+        f"products of a step: {flops / 1e9:.1f} GFLOP, {1e3 * flops / rate:.0f} ms at {rate / 1e9:.0f} GFLOP/s; "
+        f"ours takes {1e3 * train[2]:.0f} ms in all, half of transformers' {500 * min(train[:2]):.0f}"
+    )
 
 
 if __name__ == "__main__":

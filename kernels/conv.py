@@ -1,20 +1,26 @@
 """
-conv: every channel filters its own last k numbers, then SiLU. mamba.causal_conv, same signature, same numbers.
+conv: every channel filters its own last k numbers, then SiLU. mamba.causal_conv, same signature,
+same numbers.
 
     c_t = bias + sum over i < k of w_i x_{t-k+1+i}         y_t = silu(c_t)        x_{-k+1} ... x_{-1}: the window
 
-Backward: every output saw k inputs, so every input gets from k outputs, itself and the k-1 after it:
+Backward: every output saw k inputs, so every input gets from k outputs, itself and the k-1 after
+it:
     d_t  = dy_t silu'(c_t)      dx_s = sum over j < k of w_{k-1-j} d_{s+j}      dw_i = sum over t of d_t x_{t-k+1+i}
 
 grid     forward (w / 128, t / 32, b); backward (w / 128, t / 256, b), walking 16 tokens at a time
-traffic  forward reads x and writes y: 336 MB at 8192 tokens of Super in bf16, the minimum; the k shifted reads of a
-         tile are the same lines, from cache. Backward reads x and dy, writes dx: 503 MB, the minimum. It computes
-         c_{s+j} again for each of the k shifts: k^2 reads out of L1, cheaper than one more pass over memory.
-numbers  fp32 inside, one rounding at the end (in bf16 the readable form rounds c too, and is the less exact one).
+traffic  forward reads x and writes y: 336 MB at 8192 tokens of Super in bf16, the minimum; the k
+         shifted reads of a
+         tile are the same lines, from cache. Backward reads x and dy, writes dx: 503 MB, the
+         minimum. It computes c_{s+j} again for each of the k shifts: k^2 reads out of L1, cheaper
+         than one more pass over memory.
+numbers  fp32 inside, one rounding at the end (in bf16 the readable form rounds c too, and is the
+         less exact one).
          dw and dbias: partial sums of 256 tokens in fp32, added by torch: no atomics.
 sizes    128 channels are 256 bytes of a row in bf16; 32 rows of them in forward,
          16 in backward, 4 warps: 32 and 16 numbers a thread and tile.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -22,16 +28,20 @@ from torch.autograd.function import once_differentiable
 
 from kernels import on_gpu, rows
 
-SPAN = 256                                                   # tokens of a program in backward
+SPAN = 256  # tokens of a program in backward
 
 
 @triton.jit
 def _input(X, WINDOW, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """x_t in fp32, for a column of times: from x, from the window if t < 0, zero beyond both."""
-    x = tl.load(X + b * T * SX + t.to(tl.int64) * SX + ch, mask=(t >= 0) & (t < T) & (ch < W), other=0.0).to(tl.float32)
+    x = tl.load(
+        X + b * T * SX + t.to(tl.int64) * SX + ch, mask=(t >= 0) & (t < T) & (ch < W), other=0.0
+    ).to(tl.float32)
     if HAS_WINDOW:
         old = (t >= 1 - K) & (t < 0) & (ch < W)
-        x += tl.load(WINDOW + (b * (K - 1) + t + K - 1) * W + ch, mask=old, other=0.0).to(tl.float32)
+        x += tl.load(WINDOW + (b * (K - 1) + t + K - 1) * W + ch, mask=old, other=0.0).to(
+            tl.float32
+        )
     return x
 
 
@@ -40,37 +50,74 @@ def _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WIND
     c = tl.load(BIAS + ch, mask=ch < W, other=0.0) + tl.zeros_like(t).to(tl.float32)
     for i in tl.static_range(K):
         w = tl.load(WEIGHT + ch * K + i, mask=ch < W, other=0.0)
-        c += w * _input(X, WINDOW, b, t - K + 1 + i, T, W, SX, ch, K, HAS_WINDOW)  # c_t = bias + sum w_i x_{t-k+1+i}
+        c += w * _input(
+            X, WINDOW, b, t - K + 1 + i, T, W, SX, ch, K, HAS_WINDOW
+        )  # c_t = bias + sum w_i x_{t-k+1+i}
     return c
 
 
 @triton.jit
-def _forward(X, WINDOW, WEIGHT, BIAS, Y, T, W, SX, K: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
-             HAS_WINDOW: tl.constexpr):
+def _forward(
+    X,
+    WINDOW,
+    WEIGHT,
+    BIAS,
+    Y,
+    T,
+    W,
+    SX,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
     b = tl.program_id(2).to(tl.int64)
     ch = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :]
     t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
     c = _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K, HAS_WINDOW)
-    y = c * tl.sigmoid(c)                                                                    # y_t = silu(c_t)
-    tl.store(Y + b * T * W + t.to(tl.int64) * W + ch, y.to(Y.dtype.element_ty), mask=(t < T) & (ch < W))
+    y = c * tl.sigmoid(c)  # y_t = silu(c_t)
+    tl.store(
+        Y + b * T * W + t.to(tl.int64) * W + ch, y.to(Y.dtype.element_ty), mask=(t < T) & (ch < W)
+    )
 
 
 @triton.jit
-def _late(X, WINDOW, WEIGHT, BIAS, DY, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def _late(
+    X, WINDOW, WEIGHT, BIAS, DY, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
     c = _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K, HAS_WINDOW)
-    dy = tl.load(DY + b * T * W + t.to(tl.int64) * W + ch, mask=(t >= 0) & (t < T) & (ch < W), other=0.0).to(tl.float32)
+    dy = tl.load(
+        DY + b * T * W + t.to(tl.int64) * W + ch, mask=(t >= 0) & (t < T) & (ch < W), other=0.0
+    ).to(tl.float32)
     g = tl.sigmoid(c)
-    return dy * g * (1 + c * (1 - g))                                                        # d_t = dy_t silu'(c_t)
+    return dy * g * (1 + c * (1 - g))  # d_t = dy_t silu'(c_t)
 
 
 @triton.jit
-def _backward(X, WINDOW, WEIGHT, BIAS, DY, DX, DWINDOW, DW, T, W, SX, K: tl.constexpr, BT: tl.constexpr,
-              BW: tl.constexpr, SPAN: tl.constexpr, TAPS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def _backward(
+    X,
+    WINDOW,
+    WEIGHT,
+    BIAS,
+    DY,
+    DX,
+    DWINDOW,
+    DW,
+    T,
+    W,
+    SX,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
+    SPAN: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
     block, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     ch, tap = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :], tl.arange(0, TAPS)[:, None]
-    dw = tl.zeros((TAPS, BW), tl.float32)                    # rows: the k taps, then the bias
+    dw = tl.zeros((TAPS, BW), tl.float32)  # rows: the k taps, then the bias
     for t0 in range(block * SPAN, tl.minimum((block + 1) * SPAN, T + K - 1), BT):
-        t = (t0 + tl.arange(0, BT))[:, None]                 # s lags by k-1: it starts at the window's first token
+        t = (t0 + tl.arange(0, BT))[:, None]  # s lags by k-1: it starts at the window's first token
         s = t - K + 1
         d = _late(X, WINDOW, WEIGHT, BIAS, DY, b, t, T, W, SX, ch, K, HAS_WINDOW)
         dx = tl.load(WEIGHT + ch * K, mask=ch < W, other=0.0) * d
@@ -78,13 +125,19 @@ def _backward(X, WINDOW, WEIGHT, BIAS, DY, DX, DWINDOW, DW, T, W, SX, K: tl.cons
             x = _input(X, WINDOW, b, s + i, T, W, SX, ch, K, HAS_WINDOW)
             dw += tl.where(tap == i, tl.sum(d * x, 0)[None, :], 0.0)  # dw_i = sum d_t x_{t-k+1+i}
         dw += tl.where(tap == K, tl.sum(d, 0)[None, :], 0.0)
-        for j in range(K - 1):                               # not unrolled: k times the registers would spill
+        for j in range(K - 1):  # not unrolled: k times the registers would spill
             d = _late(X, WINDOW, WEIGHT, BIAS, DY, b, s + j, T, W, SX, ch, K, HAS_WINDOW)
-            dx += tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d  # dx_s = sum w_{k-1-j} d_{s+j}
+            dx += (
+                tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d
+            )  # dx_s = sum w_{k-1-j} d_{s+j}
         new, old = (s >= 0) & (s < T) & (ch < W), (s < 0) & (ch < W)
         tl.store(DX + b * T * W + s.to(tl.int64) * W + ch, dx.to(DX.dtype.element_ty), mask=new)
         if HAS_WINDOW:
-            tl.store(DWINDOW + (b * (K - 1) + s + K - 1) * W + ch, dx.to(DWINDOW.dtype.element_ty), mask=old)
+            tl.store(
+                DWINDOW + (b * (K - 1) + s + K - 1) * W + ch,
+                dx.to(DWINDOW.dtype.element_ty),
+                mask=old,
+            )
     part = (b * tl.num_programs(1) + block) * (K + 1)
     tl.store(DW + (part + tap) * W + ch, dw, mask=(tap <= K) & (ch < W))
 
@@ -92,11 +145,28 @@ def _backward(X, WINDOW, WEIGHT, BIAS, DY, DX, DWINDOW, DW, T, W, SX, K: tl.cons
 class Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, window):
-        (b, t, w), k, y = x.shape, weight.shape[1], torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        (b, t, w), k, y = (
+            x.shape,
+            weight.shape[1],
+            torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        )
         ctx.save_for_backward(x, weight, bias, window)
         BT = min(32, triton.next_power_of_2(t))
-        _forward[triton.cdiv(w, 128), triton.cdiv(t, BT), b](x, window, weight, bias, y, t, w, x.stride(1),
-                                                             k, BT, 128, window is not None, num_warps=4)
+        _forward[triton.cdiv(w, 128), triton.cdiv(t, BT), b](
+            x,
+            window,
+            weight,
+            bias,
+            y,
+            t,
+            w,
+            x.stride(1),
+            k,
+            BT,
+            128,
+            window is not None,
+            num_warps=4,
+        )
         return y
 
     @staticmethod
@@ -104,29 +174,59 @@ class Conv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, window = ctx.saved_tensors
         (b, t, w), k = x.shape, weight.shape[1]
-        blocks = triton.cdiv(t + k - 1, SPAN)                # the last k-1 inputs start k-1 steps late
-        dx, dw = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(b, blocks, k + 1, w)
+        blocks = triton.cdiv(t + k - 1, SPAN)  # the last k-1 inputs start k-1 steps late
+        dx, dw = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device),
+            weight.new_empty(b, blocks, k + 1, w),
+        )
         dwindow = None if window is None else torch.empty_like(window)
         _backward[triton.cdiv(w, 128), blocks, b](
-            x, window, weight, bias, dy.contiguous(), dx, dwindow, dw, t, w, x.stride(1), k, 16, 128, SPAN,
-            triton.next_power_of_2(k + 1), window is not None, num_warps=4)
+            x,
+            window,
+            weight,
+            bias,
+            dy.contiguous(),
+            dx,
+            dwindow,
+            dw,
+            t,
+            w,
+            x.stride(1),
+            k,
+            16,
+            128,
+            SPAN,
+            triton.next_power_of_2(k + 1),
+            window is not None,
+            num_warps=4,
+        )
         dw = dw.sum((0, 1))
         return dx, dw[:k].T, dw[k], dwindow
 
 
 def conv(x, weight, bias, window=None):
-    """mamba.causal_conv: y (b, t, w), and the padded input, or None while gradients are recorded: nobody reads it then.
+    """mamba.causal_conv: y (b, t, w), and the padded input, or None while gradients are recorded:
+    nobody reads it then.
 
     x (b, t, w)   weight (w, 1, k)   bias (w,) or None   window (b, k-1, w): the inputs just before x, or None
     """
     on_gpu("the convolution", x, weight, bias, window)
     k = weight.shape[-1]
-    if weight.shape != (x.shape[2], 1, k) or not 2 <= k <= 7 or x.numel() == 0 or x.dtype == torch.float64:
-        raise ValueError(f"the convolution with fast=True takes 2 to 7 taps a channel and 16 or 32 bits, "
-                         f"not x {tuple(x.shape)} of {x.dtype} with weight {tuple(weight.shape)}")
+    if (
+        weight.shape != (x.shape[2], 1, k)
+        or not 2 <= k <= 7
+        or x.numel() == 0
+        or x.dtype == torch.float64
+    ):
+        raise ValueError(
+            f"the convolution with fast=True takes 2 to 7 taps a channel and 16 or 32 bits, "
+            f"not x {tuple(x.shape)} of {x.dtype} with weight {tuple(weight.shape)}"
+        )
     bias = weight.new_zeros(x.shape[2]) if bias is None else bias
     window = None if window is None else window.to(x.dtype).contiguous()
     y = Conv.apply(rows(x), weight[:, 0].float().contiguous(), bias.float().contiguous(), window)
     if torch.is_grad_enabled():
         return y, None
-    return y, torch.cat([x.new_zeros(x.shape[0], k - 1, x.shape[2]) if window is None else window, x], 1)
+    return y, torch.cat(
+        [x.new_zeros(x.shape[0], k - 1, x.shape[2]) if window is None else window, x], 1
+    )

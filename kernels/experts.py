@@ -1,5 +1,6 @@
 """
-experts: every token through its k experts and back, in three launches. latent_moe.Experts, same numbers.
+experts: every token through its k experts and back, in three launches. latent_moe.Experts, same
+numbers.
 
 Sort the m*k (token, expert) slots by expert. Slot r belongs to token t(r), expert e(r), weight p_r:
 
@@ -7,26 +8,35 @@ Sort the m*k (token, expert) slots by expert. Slot r belongs to token t(r), expe
     out_r = W_down,e hid_r            _grouped: rows already lie by expert
     r_t   = sum over t's slots p_r out_r      _combine: a token collects its k rows, in the order of its picks
 
-Backward, with y = dr. The activation is its own note, relu(h) = sqrt(hid), and `out` is not needed at all:
+Backward, with y = dr. The activation is its own note, relu(h) = sqrt(hid), and `out` is not needed
+at all:
     z_r   = W_down,e^T y_t            _grouped again, gathered
     dp_r  = z_r . hid_r               in its epilogue: p_r y . W_down hid = p_r z . hid
     dh_r  = 2 sqrt(hid_r) p_r z_r     in its epilogue
     dc_t  = sum of W_up,e^T dh_r      _grouped, then _combine without weights
     dW_up,e = sum dh_r c_t^T          dW_down,e = sum p_r y_t hid_r^T        _weights, rows of one expert in a loop
 
-grid     _grouped (row tiles x column tiles): a tile of rows has one expert; 8 tiles share a column of weights
-         in cache. Their number is not known on the host and nobody waits for it: at most m k/BM + E, the
-         surplus returns at once, so a CUDA graph can hold all of this. _weights (columns, columns, E).
-traffic  Super, 8192 tokens, bf16: weights 2.8 GB each way, hid 0.97 GB written and read, rows 0.37 + 0.37 GB,
-         combine 0.39 GB. Gathering inside saves the copy of c by slot, the epilogue two passes over hid. At 256
-         tokens all is weights, 5.6 GB; at one, 22 experts of them, 0.24 GB.
-numbers  products of c's type, sums fp32, one rounding where something is stored. Sorted stably, summed in a
+grid     _grouped (row tiles x column tiles): a tile of rows has one expert; 8 tiles share a column
+         of weights
+         in cache. Their number is not known on the host and nobody waits for it: at most m k/BM +
+         E, the surplus returns at once, so a CUDA graph can hold all of this. _weights (columns,
+         columns, E).
+traffic  Super, 8192 tokens, bf16: weights 2.8 GB each way, hid 0.97 GB written and read, rows 0.37
+         + 0.37 GB,
+         combine 0.39 GB. Gathering inside saves the copy of c by slot, the epilogue two passes over
+         hid. At 256 tokens all is weights, 5.6 GB; at one, 22 experts of them, 0.24 GB.
+numbers  products of c's type, sums fp32, one rounding where something is stored. Sorted stably,
+         summed in a
          fixed order, no atomics: the same bits every time, whatever experts the neighbours chose.
-sizes    BM 128 where an expert has 64 rows or more on average, 16 below, where weights are all that matters;
-         BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill. fp32: 64, 64, 32, for checking.
+sizes    BM 128 where an expert has 64 rows or more on average, 16 below, where weights are all that
+         matters;
+         BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill. fp32: 64, 64, 32, for
+         checking.
 Not here the sort, which is torch's; quantised experts
-Sources  arXiv:2512.14080 for not keeping `out`; tiles from the compiler's tables, not from a stopwatch
+Sources  arXiv:2512.14080 for not keeping `out`; tiles from the compiler's tables, not from a
+         stopwatch
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -36,16 +46,40 @@ from kernels import on_gpu
 
 
 @triton.jit
-def _grouped(A, W, OUT, ORDER, EXPERT, ROW, ENDS, GATE, HID, DGATE, TILES, I, O, E, K_TOP,
-             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATHER: tl.constexpr, TURN: tl.constexpr,
-             RELU2: tl.constexpr, BACK: tl.constexpr, EVEN: tl.constexpr):
-    """OUT_r = A_r W_e^T, W (E, O, I); TURN: W (E, I, O). GATHER: A's rows are tokens. BACK: the epilogue of z."""
+def _grouped(
+    A,
+    W,
+    OUT,
+    ORDER,
+    EXPERT,
+    ROW,
+    ENDS,
+    GATE,
+    HID,
+    DGATE,
+    TILES,
+    I,
+    O,
+    E,
+    K_TOP,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATHER: tl.constexpr,
+    TURN: tl.constexpr,
+    RELU2: tl.constexpr,
+    BACK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """OUT_r = A_r W_e^T, W (E, O, I); TURN: W (E, I, O). GATHER: A's rows are tokens. BACK: the
+    epilogue of z.
+    """
     pid, columns = tl.program_id(0), tl.cdiv(O, BN)
-    group = pid // (8 * columns) * 8                         # 8 row tiles, then the next column
+    group = pid // (8 * columns) * 8  # 8 row tiles, then the next column
     high = tl.minimum(TILES - group, 8)
     tile, col = group + pid % (8 * columns) % high, pid % (8 * columns) // high
     e = tl.load(EXPERT + tile)
-    if e >= E:                                               # the surplus
+    if e >= E:  # the surplus
         return
     r0, end = tl.load(ROW + tile), tl.load(ENDS + e)
     m, n, i = tl.arange(0, BM), col * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -73,14 +107,14 @@ def _grouped(A, W, OUT, ORDER, EXPERT, ROW, ENDS, GATE, HID, DGATE, TILES, I, O,
     own = r0.to(tl.int64) * O + m[:, None] * O + n[None, :]
     both = ok[:, None] & within[None, :]
     if RELU2:
-        acc = tl.maximum(acc, 0.0)                           # hid = relu(h)^2
+        acc = tl.maximum(acc, 0.0)  # hid = relu(h)^2
         acc = acc * acc
     if BACK:
         hid = tl.load(HID + own, mask=both, other=0.0).to(tl.float32)
         gate = tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)
-        part = tl.sum(acc * hid, 1)                          # dp = z . hid, this tile's columns of it
+        part = tl.sum(acc * hid, 1)  # dp = z . hid, this tile's columns of it
         tl.store(DGATE + slot.to(tl.int64) * columns + col, part, mask=ok)
-        acc = acc * gate[:, None] * 2 * tl.sqrt(hid)         # dh = 2 sqrt(hid) p z
+        acc = acc * gate[:, None] * 2 * tl.sqrt(hid)  # dh = 2 sqrt(hid) p z
     tl.store(OUT + own, acc.to(OUT.dtype.element_ty), mask=both)
 
 
@@ -88,19 +122,35 @@ def _grouped(A, W, OUT, ORDER, EXPERT, ROW, ENDS, GATE, HID, DGATE, TILES, I, O,
 def _combine(X, WHERE, GATE, OUT, N, K_TOP: tl.constexpr, BN: tl.constexpr, WEIGH: tl.constexpr):
     t, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN,), tl.float32)
-    for j in range(K_TOP):                                   # always in the order of the picks
+    for j in range(K_TOP):  # always in the order of the picks
         row = tl.load(WHERE + t * K_TOP + j).to(tl.int64)
         x = tl.load(X + row * N + n, mask=n < N, other=0.0).to(tl.float32)
         if WEIGH:
             x = x * tl.load(GATE + t * K_TOP + j).to(tl.float32)
-        acc += x                                             # r_t = sum p_r out_r
+        acc += x  # r_t = sum p_r out_r
     tl.store(OUT + t.to(tl.int64) * N + n, acc.to(OUT.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
-def _weights(X, TOKENS, OUT, ORDER, ENDS, GATE, I, J, K_TOP, BI: tl.constexpr, BJ: tl.constexpr, BR: tl.constexpr,
-             WEIGH: tl.constexpr, TURN: tl.constexpr):
-    """OUT_e = sum over e's rows X_r (I) TOKENS_t (J)^T, times p_r if WEIGH; (E, I, J), or (E, J, I) with TURN."""
+def _weights(
+    X,
+    TOKENS,
+    OUT,
+    ORDER,
+    ENDS,
+    GATE,
+    I,
+    J,
+    K_TOP,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BR: tl.constexpr,
+    WEIGH: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    """OUT_e = sum over e's rows X_r (I) TOKENS_t (J)^T, times p_r if WEIGH; (E, I, J), or (E, J, I)
+    with TURN.
+    """
     e = tl.program_id(2)
     i, j = tl.program_id(0) * BI + tl.arange(0, BI), tl.program_id(1) * BJ + tl.arange(0, BJ)
     start, end = tl.load(ENDS + e - 1, mask=e > 0, other=0), tl.load(ENDS + e)
@@ -110,19 +160,30 @@ def _weights(X, TOKENS, OUT, ORDER, ENDS, GATE, I, J, K_TOP, BI: tl.constexpr, B
         ok = r0 + r < end
         slot = tl.load(ORDER + r0 + r, mask=ok, other=0)
         x = tl.load(rows, mask=ok[None, :] & (i < I)[:, None], other=0.0)
-        y = tl.load(TOKENS + (slot // K_TOP).to(tl.int64)[:, None] * J + j[None, :],
-                    mask=ok[:, None] & (j < J)[None, :], other=0.0)
+        y = tl.load(
+            TOKENS + (slot // K_TOP).to(tl.int64)[:, None] * J + j[None, :],
+            mask=ok[:, None] & (j < J)[None, :],
+            other=0.0,
+        )
         if WEIGH:
-            x = (x.to(tl.float32) * tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)[None, :]).to(x.dtype)
+            x = (
+                x.to(tl.float32) * tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)[None, :]
+            ).to(x.dtype)
         acc = tl.dot(x, y, acc, input_precision="ieee")
         rows += BR * I
     at = OUT + e.to(tl.int64) * I * J
     if TURN:
-        tl.store(at + j[:, None] * I + i[None, :], acc.T.to(OUT.dtype.element_ty),
-                 mask=(j < J)[:, None] & (i < I)[None, :])
+        tl.store(
+            at + j[:, None] * I + i[None, :],
+            acc.T.to(OUT.dtype.element_ty),
+            mask=(j < J)[:, None] & (i < I)[None, :],
+        )
     else:
-        tl.store(at + i[:, None] * J + j[None, :], acc.to(OUT.dtype.element_ty),
-                 mask=(i < I)[:, None] & (j < J)[None, :])
+        tl.store(
+            at + i[:, None] * J + j[None, :],
+            acc.to(OUT.dtype.element_ty),
+            mask=(i < I)[:, None] & (j < J)[None, :],
+        )
 
 
 def tiles(dtype, rows, E):
@@ -135,7 +196,8 @@ def tiles(dtype, rows, E):
 
 
 def route(pick, E, BM):
-    """The slots in order of their experts, and which row tile is whose. Nothing here waits for the GPU.
+    """The slots in order of their experts, and which row tile is whose. Nothing here waits for the
+    GPU.
 
     -> order (m*k,) slots by expert   where (m*k,) its inverse   ends (E,) past each expert's last row
        expert, row (tiles,): a tile's expert (E: no tile) and first row
@@ -145,7 +207,7 @@ def route(pick, E, BM):
     where = torch.empty_like(order).scatter_(0, order, at)
     ends = torch.searchsorted(by, torch.arange(E, device=pick.device), right=True)
     count = ends.diff(prepend=ends.new_zeros(1))
-    last = ((count + BM - 1) // BM).cumsum(0)                # (E,) past each expert's last tile
+    last = ((count + BM - 1) // BM).cumsum(0)  # (E,) past each expert's last tile
     at = torch.arange(len(order) // BM + min(E, len(order)), device=pick.device)
     expert = torch.searchsorted(last, at, right=True)
     mine = expert.clamp(max=E - 1)
@@ -155,6 +217,7 @@ def route(pick, E, BM):
 
 class Routed(torch.autograd.Function):
     """Keeps hid and what it was given, nothing else."""
+
     @staticmethod
     def forward(ctx, c, pick, gate, up, down):
         (m, l), k, (E, f, _) = c.shape, pick.shape[1], up.shape
@@ -176,7 +239,9 @@ class Routed(torch.autograd.Function):
         (_, BN, _), how = ctx.plan
         dh, dx, dc = torch.empty_like(hid), c.new_empty(len(order), l), torch.empty_like(c)
         dgate = c.new_empty(len(order), triton.cdiv(f, BN), dtype=torch.float32)
-        grouped(y, down, dh, notes, k, ctx.plan, gate, hid, dgate, GATHER=True, TURN=True, BACK=True)
+        grouped(
+            y, down, dh, notes, k, ctx.plan, gate, hid, dgate, GATHER=True, TURN=True, BACK=True
+        )
         grouped(dh, up, dx, notes, k, ctx.plan, TURN=True)
         combine(dx, where, None, dc, k)
         dup, ddown = torch.empty_like(up), torch.empty_like(down)
@@ -188,18 +253,59 @@ class Routed(torch.autograd.Function):
         return dc, None, dgate.sum(1).view_as(gate).to(gate.dtype), dup, ddown
 
 
-def grouped(a, w, out, notes, k, plan, gate=None, hid=None, dgate=None, GATHER=False, TURN=False, RELU2=False,
-            BACK=False):
-    """Launches _grouped: out (m*k, o) = a (m or m*k, i) times w[e] (o, i), or w[e] (i, o) with TURN."""
+def grouped(
+    a,
+    w,
+    out,
+    notes,
+    k,
+    plan,
+    gate=None,
+    hid=None,
+    dgate=None,
+    GATHER=False,
+    TURN=False,
+    RELU2=False,
+    BACK=False,
+):
+    """Launches _grouped: out (m*k, o) = a (m or m*k, i) times w[e] (o, i), or w[e] (i, o) with
+    TURN.
+    """
     (order, _, ends, expert, row), ((BM, BN, BK), how) = notes, plan
     E, i, o = w.shape if TURN else (w.shape[0], w.shape[2], w.shape[1])
-    grid = len(expert) * triton.cdiv(o, BN),
-    _grouped[grid](a, w, out, order, expert, row, ends, gate, hid, dgate, len(expert), i, o, E, k,
-                                                BM, BN, BK, GATHER, TURN, RELU2, BACK, i % BK == 0, **how)
+    grid = (len(expert) * triton.cdiv(o, BN),)
+    _grouped[grid](
+        a,
+        w,
+        out,
+        order,
+        expert,
+        row,
+        ends,
+        gate,
+        hid,
+        dgate,
+        len(expert),
+        i,
+        o,
+        E,
+        k,
+        BM,
+        BN,
+        BK,
+        GATHER,
+        TURN,
+        RELU2,
+        BACK,
+        i % BK == 0,
+        **how,
+    )
 
 
 def combine(x, where, gate, out, k):
-    """Launches _combine: out (m, n), each row the sum of its token's k rows of x (m*k, n), weighted by gate."""
+    """Launches _combine: out (m, n), each row the sum of its token's k rows of x (m*k, n), weighted
+    by gate.
+    """
     m, n = out.shape
     BN = min(1024, triton.next_power_of_2(n))
     _combine[m, triton.cdiv(n, BN)](x, where, gate, out, n, k, BN, gate is not None, num_warps=4)
@@ -214,9 +320,13 @@ def experts(c, pick, gate, up, down):
     if c.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"experts with fast=True takes fp32 or bf16, not {c.dtype}")
     if m == 0 or c.shape != (m, l) or gate.shape != (m, k) or down.shape != (E, l, f):
-        raise ValueError(f"experts: c {tuple(c.shape)}, pick {tuple(pick.shape)}, gate {tuple(gate.shape)}, "
-                         f"up {tuple(up.shape)}, down {tuple(down.shape)} do not fit")
-    if m * k >= 2 ** 31:
-        raise ValueError(f"experts with fast=True numbers slots in 32 bits: {m:,} tokens of {k} experts are too many")
+        raise ValueError(
+            f"experts: c {tuple(c.shape)}, pick {tuple(pick.shape)}, gate {tuple(gate.shape)}, "
+            f"up {tuple(up.shape)}, down {tuple(down.shape)} do not fit"
+        )
+    if m * k >= 2**31:
+        raise ValueError(
+            f"experts with fast=True numbers slots in 32 bits: {m:,} tokens of {k} experts are too many"
+        )
     c, up, down = c.contiguous(), up.to(c.dtype).contiguous(), down.to(c.dtype).contiguous()
     return Routed.apply(c, pick, gate.contiguous(), up, down)

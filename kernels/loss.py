@@ -1,24 +1,33 @@
 """
-loss: the head and its cross-entropy together, some rows at a time. mtp.nll of the logits, without the logits.
+loss: the head and its cross-entropy together, some rows at a time. mtp.nll of the logits, without
+the logits.
 
 With v words, logits are by far the largest thing a model makes, and only their sums are wanted:
 
     z = W h        nll = log sum_j exp z_j - z_target        dz_j = mask (exp z_j / sum - [j = target])
     dh = W^T dz    dW = sum over rows dz h^T
 
-So take `rows` rows: three matrix products, which cuBLAS does as well as anyone, and between the first and the
-others one kernel that reads z twice, puts dz where z was, and keeps a number a row. The gradient is made in the
-forward pass, because z is there; backward only multiplies it by the number that comes from above.
+So take `rows` rows: three matrix products, which cuBLAS does as well as anyone, and between the
+first and the others one kernel that reads z twice, puts dz where z was, and keeps a number a row.
+The gradient is made in the forward pass, because z is there; backward only multiplies it by the
+number that comes from above.
 
-grid     _nll: one program a row, walking its v logits twice; the first walk keeps a running maximum and sum
-traffic  z is written by the product, read twice and written by _nll, read by two products: 10.7 GB at 8192 rows
-         of 131,072 in bf16, most of a second read from cache; the materialised loss does it in fp32, three times
-memory   rows v for z, and dW in fp32: 0.5 + 2.1 GB in Super. dW is summed in slices of v, so the bf16 product
-         waiting to be added stays small. Materialised: z in bf16 and fp32, log-softmax, and both gradients, 17 GB
-numbers  z has h's type, as the head's own output; sums and dW are fp32, so more rows do not round more often
+grid     _nll: one program a row, walking its v logits twice; the first walk keeps a running maximum
+         and sum
+traffic  z is written by the product, read twice and written by _nll, read by two products: 10.7 GB
+         at 8192 rows
+         of 131,072 in bf16, most of a second read from cache; the materialised loss does it in
+         fp32, three times
+memory   rows v for z, and dW in fp32: 0.5 + 2.1 GB in Super. dW is summed in slices of v, so the
+         bf16 product
+         waiting to be added stays small. Materialised: z in bf16 and fp32, log-softmax, and both
+         gradients, 17 GB
+numbers  z has h's type, as the head's own output; sums and dW are fp32, so more rows do not round
+         more often
 Not here a product fused with the softmax: it would have to beat cuBLAS at what cuBLAS is for
 Sources  the scheme of arXiv:2410.10989, section 3.2
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -33,23 +42,28 @@ def _nll(Z, TARGET, MASK, NLL, V, BV: tl.constexpr, GRAD: tl.constexpr):
     z, j = Z + row.to(tl.int64) * V, tl.arange(0, BV)
     high, total = float("-inf"), 0.0
     mask = tl.load(MASK + row).to(tl.float32)
-    target = tl.where(mask > 0, tl.load(TARGET + row), 0)    # what is masked may name no word
-    right = tl.load(z + target).to(tl.float32)               # before dz takes its place
+    target = tl.where(mask > 0, tl.load(TARGET + row), 0)  # what is masked may name no word
+    right = tl.load(z + target).to(tl.float32)  # before dz takes its place
     for v in range(0, V, BV):
         x = tl.load(z + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
         top = tl.maximum(high, tl.max(x, 0))
         total = total * tl.exp(high - top) + tl.sum(tl.exp(x - top), 0)
         high = top
-    tl.store(NLL + row, tl.where(mask > 0, high + tl.log(total) - right, 0.0))               # log sum exp z - z_target
+    tl.store(
+        NLL + row, tl.where(mask > 0, high + tl.log(total) - right, 0.0)
+    )  # log sum exp z - z_target
     if GRAD:
         for v in range(0, V, BV):
             x = tl.load(z + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
-            dz = tl.exp(x - high) / total - tl.where(v + j == target, 1.0, 0.0)              # softmax - [j = target]
+            dz = tl.exp(x - high) / total - tl.where(
+                v + j == target, 1.0, 0.0
+            )  # softmax - [j = target]
             tl.store(z + v + j, tl.where(mask > 0, dz, 0.0).to(Z.dtype.element_ty), mask=v + j < V)
 
 
 class LinearNLL(torch.autograd.Function):
     """The loss, and its gradients already made; backward may run once, for it hands them over."""
+
     @staticmethod
     def forward(ctx, h, weight, targets, mask, rows, dtype):
         (m, d), v, grad = h.shape, len(weight), ctx.needs_input_grad[:2]
@@ -57,15 +71,23 @@ class LinearNLL(torch.autograd.Function):
         dh = torch.empty_like(h) if grad[0] else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if grad[1] else None
         for i in range(0, m, rows):
-            x, part = h[i:i + rows].to(dtype), slice(i, i + rows)
+            x, part = h[i : i + rows].to(dtype), slice(i, i + rows)
             z = x @ w.T
-            _nll[len(x),](z, targets[part], mask[part], each[part], v, min(4096, triton.next_power_of_2(v)), any(grad),
-                          num_warps=8)
+            _nll[len(x),](
+                z,
+                targets[part],
+                mask[part],
+                each[part],
+                v,
+                min(4096, triton.next_power_of_2(v)),
+                any(grad),
+                num_warps=8,
+            )
             if grad[0]:
                 dh[part] = z @ w
             if grad[1]:
                 for j in range(0, v, 16384):
-                    dW[j:j + 16384] += z[:, j:j + 16384].T @ x
+                    dW[j : j + 16384] += z[:, j : j + 16384].T @ x
         ctx.made = dh, dW
         ctx.dtype = weight.dtype
         return each.sum()
@@ -74,9 +96,14 @@ class LinearNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, above):
         if ctx.made is None:
-            raise RuntimeError("linear_nll with fast=True hands over its gradients once: this is a second one")
+            raise RuntimeError(
+                "linear_nll with fast=True hands over its gradients once: this is a second one"
+            )
         (dh, dW), ctx.made = ctx.made, None
-        dh, dW = dh if dh is None else dh.mul_(above), dW if dW is None else dW.mul_(above).to(ctx.dtype)
+        dh, dW = (
+            dh if dh is None else dh.mul_(above),
+            dW if dW is None else dW.mul_(above).to(ctx.dtype),
+        )
         return dh, dW, None, None, None, None
 
 
@@ -84,11 +111,23 @@ def linear_nll(h, weight, targets, mask, rows=2048):
     """mtp.nll(F.linear(h, weight), targets, mask), fp32.   h (b, t, d), weight (v, d), targets, mask (b, t)"""
     on_gpu("linear_nll", h, weight, targets, mask)
     auto = torch.is_autocast_enabled(h.device.type)
-    dtype = torch.get_autocast_dtype(h.device.type) if auto else torch.promote_types(h.dtype, weight.dtype)
+    dtype = (
+        torch.get_autocast_dtype(h.device.type)
+        if auto
+        else torch.promote_types(h.dtype, weight.dtype)
+    )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"linear_nll with fast=True takes fp32 or bf16, not {dtype}")
-    if h.shape[:-1] != targets.shape or mask.shape != targets.shape or h.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"linear_nll: h {tuple(h.shape)}, weight {tuple(weight.shape)}, "
-                         f"targets {tuple(targets.shape)}, "
-                         f"mask {tuple(mask.shape)} do not fit")
-    return LinearNLL.apply(h.flatten(0, -2).contiguous(), weight, targets.flatten(), mask.flatten(), rows, dtype)
+    if (
+        h.shape[:-1] != targets.shape
+        or mask.shape != targets.shape
+        or h.shape[-1:] != weight.shape[1:]
+    ):
+        raise ValueError(
+            f"linear_nll: h {tuple(h.shape)}, weight {tuple(weight.shape)}, "
+            f"targets {tuple(targets.shape)}, "
+            f"mask {tuple(mask.shape)} do not fit"
+        )
+    return LinearNLL.apply(
+        h.flatten(0, -2).contiguous(), weight, targets.flatten(), mask.flatten(), rows, dtype
+    )

@@ -1,11 +1,13 @@
 """
-ssd: Mamba-2's recurrence with its state kept on chip. mamba.ssd_chunked, same signature, same numbers.
+ssd: Mamba-2's recurrence with its state kept on chip. mamba.ssd_chunked, same signature, same
+numbers.
 
     S_t = a_t S_{t-1} + dt_t x_t B_t^T        y_t = S_t C_t + D x_t        a_t = exp(dt_t A)
 
-A program walks one head of one sequence in chunks of Q tokens and holds S in registers all the way: between
-chunks nothing goes to memory, so Q can be small. Small is cheap: work a token grows with Q, and 2pn/(p+n) = 85
-would balance it against updating S. With c_q = log2 of a_1 ... a_q inside the chunk and c_Q its last:
+A program walks one head of one sequence in chunks of Q tokens and holds S in registers all the way:
+between chunks nothing goes to memory, so Q can be small. Small is cheap: work a token grows with Q,
+and 2pn/(p+n) = 85 would balance it against updating S. With c_q = log2 of a_1 ... a_q inside the
+chunk and c_Q its last:
 
     W_qr = (C_q . B_r) 2^(c_q - c_r) dt_r,  r <= q                    scores that fade
     y_q  = sum_r W_qr x_r + 2^(c_q) S C_q + D x_q                     chunk, history, skip
@@ -19,18 +21,25 @@ Backward, with Y = dy and G the gradient of S at the chunk's end:
 grid     _scan (h, segments, b)   _states (p/BP, h, b) left to right for S, right to left for G
          _dx (chunks, h, b)       _dbc (chunks, g, b): loops over its h/g heads, so dB and dC need no atomics
          _step (p/BP, h, b): a few tokens, state in, state out, or every state on the way
-traffic  forward, Super, 8192 tokens, bf16: x and y 134 MB each, B and C 17 each, dt 4: 306 MB, the minimum, in
-         one segment. Fewer than 128 (head, sequence) pairs leave a card idle: then time is cut into segments,
-         _states finds what each one writes, and x and B are read twice. Backward: the minimum is 478 MB; S and
-         G at chunk starts, written once and read twice in x's type, make it 2.7 GB. Step: S twice, all there is.
-numbers  S, G, decays and sums fp32; operands of tensor cores in x's type. Decays are powers of differences, never
-         quotients. dc takes rows and columns of ONE fp32 W: their rounding must cancel in the sum over time, and
-         with dt e . x from bf16 operands dA is 10 to 50 times worse. Padding has dt = 0: no fade, no write.
-sizes    p and n from 16, 32, 64, 128. 16 bits: Q = 64, 8 warps: a (64, 128) state in fp32, the scores and two chunks
-         in flight fill the registers of Hopper and Blackwell without a spill (4 warps: 128 bytes). Q = 32 before
-         Hopper, whose tensor cores want their operands in registers too. fp32 has no exact tensor core: Q = 16,
-         fit for checks. Bases are 64-bit scalars, offsets inside a tile 32-bit ones. No atomics anywhere.
+traffic  forward, Super, 8192 tokens, bf16: x and y 134 MB each, B and C 17 each, dt 4: 306 MB, the
+         minimum, in
+         one segment. Fewer than 128 (head, sequence) pairs leave a card idle: then time is cut into
+         segments, _states finds what each one writes, and x and B are read twice. Backward: the
+         minimum is 478 MB; S and G at chunk starts, written once and read twice in x's type, make
+         it 2.7 GB. Step: S twice, all there is.
+numbers  S, G, decays and sums fp32; operands of tensor cores in x's type. Decays are powers of
+         differences, never
+         quotients. dc takes rows and columns of ONE fp32 W: their rounding must cancel in the sum
+         over time, and with dt e . x from bf16 operands dA is 10 to 50 times worse. Padding has dt
+         = 0: no fade, no write.
+sizes    p and n from 16, 32, 64, 128. 16 bits: Q = 64, 8 warps: a (64, 128) state in fp32, the
+         scores and two chunks
+         in flight fill the registers of Hopper and Blackwell without a spill (4 warps: 128 bytes).
+         Q = 32 before Hopper, whose tensor cores want their operands in registers too. fp32 has no
+         exact tensor core: Q = 16, fit for checks. Bases are 64-bit scalars, offsets inside a tile
+         32-bit ones. No atomics anywhere.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +47,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import INTERPRETED, on_gpu, rows
 
-LOG2E = tl.constexpr(1.4426950408889634)                     # exp(x) = 2^(x LOG2E)
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E)
 
 
 @triton.jit
@@ -49,14 +58,36 @@ def _fade(DT, row, a, T, t0, H, q):
 
 
 @triton.jit
-def _states(X, DT, A, B, START, KEPT, LAST, FADE, T, H, R, SX, SB, SEG,
-            P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, REV: tl.constexpr, KEEP: tl.constexpr):
-    """KEEP: S before every chunk (REV: G after it, X and B being dy and C). Else a segment's write and fade."""
+def _states(
+    X,
+    DT,
+    A,
+    B,
+    START,
+    KEPT,
+    LAST,
+    FADE,
+    T,
+    H,
+    R,
+    SX,
+    SB,
+    SEG,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BP: tl.constexpr,
+    REV: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """KEEP: S before every chunk (REV: G after it, X and B being dy and C). Else a segment's write
+    and fade.
+    """
     hs, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    h, s = hs % H, hs // H                                   # head, segment
+    h, s = hs % H, hs // H  # head, segment
     G, segments = H // R, tl.num_programs(1) // H
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.program_id(0) * BP + tl.arange(0, BP)
-    tile = p[None, :] * N + n[:, None]                       # S is (p, n) in memory, (n, p) here
+    tile = p[None, :] * N + n[:, None]  # S is (p, n) in memory, (n, p) here
     a, total, chunks = tl.load(A + h) * LOG2E, 0.0, tl.cdiv(tl.minimum(SEG, T - s * SEG), Q)
     S = tl.zeros((N, BP), tl.float32)
     if KEEP:
@@ -73,9 +104,9 @@ def _states(X, DT, A, B, START, KEPT, LAST, FADE, T, H, R, SX, SB, SEG,
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         Bq = tl.load(B + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
         if REV:
-            w = tl.exp2(cs)                                  # G += sum_q 2^(c_q) y_q C_q^T
+            w = tl.exp2(cs)  # G += sum_q 2^(c_q) y_q C_q^T
         else:
-            w = tl.exp2(last - cs) * dt                      # S += sum_r 2^(c_Q - c_r) dt_r x_r B_r^T
+            w = tl.exp2(last - cs) * dt  # S += sum_r 2^(c_Q - c_r) dt_r x_r B_r^T
         S = tl.dot(Bq.T, (x * w[:, None]).to(x.dtype), S * tl.exp2(last), input_precision="ieee")
         total += last
     if KEEP:
@@ -86,8 +117,26 @@ def _states(X, DT, A, B, START, KEPT, LAST, FADE, T, H, R, SX, SB, SEG,
 
 
 @triton.jit
-def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SEG,
-          P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+def _scan(
+    X,
+    DT,
+    A,
+    B,
+    C,
+    D,
+    START,
+    Y,
+    LAST,
+    T,
+    H,
+    R,
+    SX,
+    SB,
+    SEG,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+):
     h, s, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segments = tl.num_programs(1)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
@@ -100,20 +149,51 @@ def _scan(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB, SEG,
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         Bq = tl.load(B + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
         Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
-        y = tl.dot(Cq, S.to(x.dtype), input_precision="ieee") * tl.exp2(cs)[:, None]         # 2^(c_q) S C_q
+        y = (
+            tl.dot(Cq, S.to(x.dtype), input_precision="ieee") * tl.exp2(cs)[:, None]
+        )  # 2^(c_q) S C_q
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
-        W = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]  # (C_q . B_r) 2^(c_q - c_r) dt_r
-        y = tl.dot(W.to(x.dtype), x, y, input_precision="ieee") + skip * x.to(tl.float32)    # + sum_r W_qr x_r + D x_q
-        tl.store(Y + (row * H + h) * P + q[:, None] * (H * P) + p[None, :], y.to(Y.dtype.element_ty), mask=ok)
+        W = (
+            tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]
+        )  # (C_q . B_r) 2^(c_q - c_r) dt_r
+        y = tl.dot(W.to(x.dtype), x, y, input_precision="ieee") + skip * x.to(
+            tl.float32
+        )  # + sum_r W_qr x_r + D x_q
+        tl.store(
+            Y + (row * H + h) * P + q[:, None] * (H * P) + p[None, :],
+            y.to(Y.dtype.element_ty),
+            mask=ok,
+        )
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
-        S = tl.dot(Bq.T, u, S * tl.exp2(last), input_precision="ieee")                       # the carry
+        S = tl.dot(Bq.T, u, S * tl.exp2(last), input_precision="ieee")  # the carry
     if s == segments - 1:
         tl.store(LAST + (b * H + h) * P * N + tile, S)
 
 
 @triton.jit
-def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB,
-        P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr):
+def _dx(
+    X,
+    DT,
+    A,
+    B,
+    C,
+    D,
+    DY,
+    S_IN,
+    G_OUT,
+    DX,
+    DDT,
+    DA,
+    DD,
+    T,
+    H,
+    R,
+    SX,
+    SB,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+):
     k, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
     t0 = k * Q
@@ -126,56 +206,110 @@ def _dx(X, DT, A, B, C, D, DY, S_IN, G_OUT, DX, DDT, DA, DD, T, H, R, SX, SB,
     SG = tl.sum(tl.sum(S.to(tl.float32) * G.to(tl.float32), 1), 0)
     Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     y = tl.load(DY + own, mask=ok, other=0.0)
-    dc = tl.sum(tl.dot(Cq, S, input_precision="ieee") * y, 1) * tl.exp2(cs)                  # what q reads: history ...
+    dc = tl.sum(tl.dot(Cq, S, input_precision="ieee") * y, 1) * tl.exp2(
+        cs
+    )  # what q reads: history ...
     x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
     Bq = tl.load(B + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
-    e = tl.dot(Bq, G, input_precision="ieee") * tl.exp2(last - cs)[:, None]                  # 2^(c_Q - c_r) G B_r
-    end = tl.sum(e * x, 1) * dt                                                              # r's share in S at the end
+    e = tl.dot(Bq, G, input_precision="ieee") * tl.exp2(last - cs)[:, None]  # 2^(c_Q - c_r) G B_r
+    end = tl.sum(e * x, 1) * dt  # r's share in S at the end
     bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
     M = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits)
-    e = tl.dot(M.to(x.dtype).T, y, e, input_precision="ieee")                                # + sum_q M_qr y_q
+    e = tl.dot(M.to(x.dtype).T, y, e, input_precision="ieee")  # + sum_q M_qr y_q
     W = tl.dot(y, x.T, input_precision="ieee") * M
     dc += tl.sum(W * dt[None, :], 1) - tl.sum(W, 0) * dt - end  # ... and chunk, less what it wrote
-    tl.store(DX + own, (e * dt[:, None] + skip * y).to(DX.dtype.element_ty), mask=ok)        # dx = dt e + D y
-    da = tl.cumsum(dc, 0, reverse=True) + tl.sum(end, 0) + tl.exp2(last) * SG  # dc from q on + what the end owes
-    tl.store(DDT + row * H + h + q * H, tl.sum(e * x, 1) + a * da, mask=t0 + q < T)          # ddt = e . x + A da
+    tl.store(
+        DX + own, (e * dt[:, None] + skip * y).to(DX.dtype.element_ty), mask=ok
+    )  # dx = dt e + D y
+    da = (
+        tl.cumsum(dc, 0, reverse=True) + tl.sum(end, 0) + tl.exp2(last) * SG
+    )  # dc from q on + what the end owes
+    tl.store(
+        DDT + row * H + h + q * H, tl.sum(e * x, 1) + a * da, mask=t0 + q < T
+    )  # ddt = e . x + A da
     part = (b * tl.num_programs(0) + k) * H + h
-    tl.store(DA + part, tl.sum(da * dt, 0))                                                  # dA = sum of dt da
-    tl.store(DD + part, tl.sum(tl.sum(x.to(tl.float32) * y, 1), 0))                          # dD = sum of x . y
+    tl.store(DA + part, tl.sum(da * dt, 0))  # dA = sum of dt da
+    tl.store(DD + part, tl.sum(tl.sum(x.to(tl.float32) * y, 1), 0))  # dD = sum of x . y
 
 
 @triton.jit
-def _dbc(X, DT, A, B, C, DY, S_IN, G_OUT, DB, DC, T, H, SX, SB,
-         P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr):
+def _dbc(
+    X,
+    DT,
+    A,
+    B,
+    C,
+    DY,
+    S_IN,
+    G_OUT,
+    DB,
+    DC,
+    T,
+    H,
+    SX,
+    SB,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+):
     k, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
     t0, G = k * Q, H // R
     row, ok = b * T + t0, (t0 + q < T)[:, None]
-    Z, dB, dC = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
-    for r in range(R):                                       # the heads that share this B and C
+    Z, dB, dC = (
+        tl.zeros((Q, Q), tl.float32),
+        tl.zeros((Q, N), tl.float32),
+        tl.zeros((Q, N), tl.float32),
+    )
+    for r in range(R):  # the heads that share this B and C
         h = g * R + r
         state = ((b * tl.num_programs(0) + k) * H + h) * P * N
-        tile = p[:, None] * N + n[None, :]                   # S and G as (p, n)
+        tile = p[:, None] * N + n[None, :]  # S and G as (p, n)
         dt, cs, last = _fade(DT, row * H + h, tl.load(A + h) * LOG2E, T, t0, H, q)
         y = tl.load(DY + (row * H + h) * P + q[:, None] * (H * P) + p[None, :], mask=ok, other=0.0)
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
-        Z += tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]  # (y_q . x_r) 2^(c_q - c_r) dt_r
+        Z += (
+            tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]
+        )  # (y_q . x_r) 2^(c_q - c_r) dt_r
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
-        dB = tl.dot(u, tl.load(G_OUT + state + tile), dB, input_precision="ieee")  # 2^(c_Q - c_r) dt_r G^T x_r
-        dC += tl.dot(y, tl.load(S_IN + state + tile), input_precision="ieee") * tl.exp2(cs)[:, None]  # 2^(c_q) S^T y_q
+        dB = tl.dot(
+            u, tl.load(G_OUT + state + tile), dB, input_precision="ieee"
+        )  # 2^(c_Q - c_r) dt_r G^T x_r
+        dC += (
+            tl.dot(y, tl.load(S_IN + state + tile), input_precision="ieee") * tl.exp2(cs)[:, None]
+        )  # 2^(c_q) S^T y_q
     Bq = tl.load(B + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     Cq = tl.load(C + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     own = (row * G + g) * N + q[:, None] * (G * N) + n[None, :]
-    dC = tl.dot(Z.to(Bq.dtype), Bq, dC, input_precision="ieee")                              # + sum_r Z_qr B_r
+    dC = tl.dot(Z.to(Bq.dtype), Bq, dC, input_precision="ieee")  # + sum_r Z_qr B_r
     tl.store(DC + own, dC.to(DC.dtype.element_ty), mask=ok)
-    dB = tl.dot(Z.to(Bq.dtype).T, Cq, dB, input_precision="ieee")                            # + sum_q Z_qr C_q
+    dB = tl.dot(Z.to(Bq.dtype).T, Cq, dB, input_precision="ieee")  # + sum_q Z_qr C_q
     tl.store(DB + own, dB.to(DB.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB,
-          P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, EVERY: tl.constexpr):
+def _step(
+    X,
+    DT,
+    A,
+    B,
+    C,
+    D,
+    START,
+    Y,
+    LAST,
+    T,
+    H,
+    R,
+    SX,
+    SB,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BP: tl.constexpr,
+    EVERY: tl.constexpr,
+):
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, p = tl.arange(0, N), tl.program_id(0) * BP + tl.arange(0, BP)
     tile = p[:, None] * N + n[None, :]
@@ -187,8 +321,10 @@ def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB,
         x = tl.load(X + row * SX + h * P + p).to(tl.float32)
         Bt = tl.load(B + row * SB + h // R * N + n).to(tl.float32)
         Ct = tl.load(C + row * SB + h // R * N + n).to(tl.float32)
-        S = tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]  # S_t = a_t S_{t-1} + dt_t x_t B_t^T
-        y = tl.sum(S * Ct[None, :], 1) + skip * x                                            # y_t = S_t C_t + D x_t
+        S = (
+            tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]
+        )  # S_t = a_t S_{t-1} + dt_t x_t B_t^T
+        y = tl.sum(S * Ct[None, :], 1) + skip * x  # y_t = S_t C_t + D x_t
         tl.store(Y + (row * H + h) * P + p, y.to(Y.dtype.element_ty))
         if EVERY:
             tl.store(LAST + (row * H + h) * P * N + tile, S)
@@ -197,29 +333,49 @@ def _step(X, DT, A, B, C, D, START, Y, LAST, T, H, R, SX, SB,
 
 
 def prepare(x, dt, A, B, C, D, state):
-    """Checks, and what the kernels take: strided rows, fp32 for all that is not x, B, C, zeros for what is None."""
+    """Checks, and what the kernels take: strided rows, fp32 for all that is not x, B, C, zeros for
+    what is None.
+    """
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     on_gpu("ssd", x, dt, A, B, C, D, state)
     if {p, n} - {16, 32, 64, 128}:
-        raise ValueError(f"ssd with fast=True takes a head dim and a state size of 16, 32, 64 or 128, not {p} and {n}")
-    if not x.dtype == B.dtype == C.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"ssd with fast=True takes x, B, C of one type of 16 or 32 bits, "
-                         f"not {x.dtype}, {B.dtype}, {C.dtype}")
+        raise ValueError(
+            f"ssd with fast=True takes a head dim and a state size of 16, 32, 64 or 128, not {p} and {n}"
+        )
+    if not x.dtype == B.dtype == C.dtype or x.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise ValueError(
+            f"ssd with fast=True takes x, B, C of one type of 16 or 32 bits, "
+            f"not {x.dtype}, {B.dtype}, {C.dtype}"
+        )
     if t == 0 or h % g or dt.shape != (b, t, h) or B.shape != C.shape or B.shape[:2] != (b, t):
-        raise ValueError(f"ssd: x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, "
-                         f"C {tuple(C.shape)} do not fit")
+        raise ValueError(
+            f"ssd: x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, "
+            f"C {tuple(C.shape)} do not fit"
+        )
     D = x.new_zeros(h, dtype=torch.float32) if D is None else D.float().contiguous()
-    state = x.new_zeros(b, h, p, n, dtype=torch.float32) if state is None else state.float().contiguous()
+    state = (
+        x.new_zeros(b, h, p, n, dtype=torch.float32)
+        if state is None
+        else state.float().contiguous()
+    )
     B, C = rows(B), rows(C)
-    if B.stride() != C.stride():                             # one stride serves both
+    if B.stride() != C.stride():  # one stride serves both
         B, C = B.contiguous(), C.contiguous()
     return rows(x), dt.float().contiguous(), A.float().contiguous(), B, C, D, state
 
 
 def tiles(size, hopper):
-    """Q, and the launches of _states, of _dbc and of the others, for x of `size` bytes a number: see sizes above."""
+    """Q, and the launches of _states, of _dbc and of the others, for x of `size` bytes a number:
+    see sizes above.
+    """
+
     def launch(warps, stages):
         return dict(num_warps=warps, num_stages=stages)
+
     if size == 4:
         return 16, launch(8, 1), launch(16, 1), launch(8, 1)
     return 64 if hopper else 32, launch(4, 2), launch(8, 3 if hopper else 2), launch(8, 2)
@@ -227,16 +383,23 @@ def tiles(size, hopper):
 
 def fit(x):
     """tiles() for x on its card; the interpreter plays a Hopper."""
-    return tiles(x.element_size(), INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0))
+    return tiles(
+        x.element_size(), INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
 
 
 def segment(b, t, h, at_least=1024, programs=128):
-    """Tokens a program walks: all, unless there are too few programs; then whole 128s, never under at_least."""
+    """Tokens a program walks: all, unless there are too few programs; then whole 128s, never under
+    at_least.
+    """
     return max(at_least, -(-t // -(-programs // (b * h) * 128)) * 128) if b * h < programs else t
 
 
 class SSD(torch.autograd.Function):
-    """What the backward needs of S it walks again: storing it in forward would cost more than all of forward reads."""
+    """What the backward needs of S it walks again: storing it in forward would cost more than all
+    of forward reads.
+    """
+
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, state, cut):
         (b, t, h, p), (g, n), (Q, walk, _, how) = x.shape, B.shape[2:], fit(x)
@@ -247,11 +410,33 @@ class SSD(torch.autograd.Function):
         if s > 1:  # what each segment but the last writes, then the recurrence
             start, fade = state.new_empty(b, s, h, p, n), state.new_empty(b, s - 1, h, 1, 1)
             start[:, 0] = state
-            _states[p // BP, h * (s - 1), b](x, dt, A, B, state, state, start, fade, t, h, h // g, *strides, cut,
-                                             p, n, Q, BP, False, False, **walk)
+            _states[p // BP, h * (s - 1), b](
+                x,
+                dt,
+                A,
+                B,
+                state,
+                state,
+                start,
+                fade,
+                t,
+                h,
+                h // g,
+                *strides,
+                cut,
+                p,
+                n,
+                Q,
+                BP,
+                False,
+                False,
+                **walk,
+            )
             for i in range(s - 1):
                 start[:, i + 1].addcmul_(fade[:, i], start[:, i])
-        _scan[h, s, b](x, dt, A, B, C, D, start, y, last, t, h, h // g, *strides, cut, p, n, Q, **how)
+        _scan[h, s, b](
+            x, dt, A, B, C, D, start, y, last, t, h, h // g, *strides, cut, p, n, Q, **how
+        )
         return y, last
 
     @staticmethod
@@ -264,22 +449,74 @@ class SSD(torch.autograd.Function):
         c, BP, strides = triton.cdiv(t, Q), min(p, 32), (x.stride(1), B.stride(1))
         S_in, G_out = (x.new_empty(b, c, h, p, n) for _ in range(2))
         scrap, dstate = torch.empty_like(state), torch.empty_like(state)
-        for X, rhs, start, kept, end, rev in ((x, B, state, S_in, scrap, False), (dy, C, dlast, G_out, dstate, True)):
-            _states[p // BP, h, b](X, dt, A, rhs, start, kept, end, dt, t, h, h // g, X.stride(1), rhs.stride(1), t,
-                                   p, n, Q, BP, rev, True, **walk)
+        for X, rhs, start, kept, end, rev in (
+            (x, B, state, S_in, scrap, False),
+            (dy, C, dlast, G_out, dstate, True),
+        ):
+            _states[p // BP, h, b](
+                X,
+                dt,
+                A,
+                rhs,
+                start,
+                kept,
+                end,
+                dt,
+                t,
+                h,
+                h // g,
+                X.stride(1),
+                rhs.stride(1),
+                t,
+                p,
+                n,
+                Q,
+                BP,
+                rev,
+                True,
+                **walk,
+            )
         dx, dB, dC = torch.empty_like(dy), B.new_empty(B.shape), C.new_empty(C.shape)
         ddt, (dA, dD) = torch.empty_like(dt), dt.new_empty(2, b, c, h)
-        _dx[c, h, b](x, dt, A, B, C, D, dy, S_in, G_out, dx, ddt, dA, dD, t, h, h // g, *strides, p, n, Q, **how)
-        _dbc[c, g, b](x, dt, A, B, C, dy, S_in, G_out, dB, dC, t, h, *strides, p, n, Q, h // g, **heads)
+        _dx[c, h, b](
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dy,
+            S_in,
+            G_out,
+            dx,
+            ddt,
+            dA,
+            dD,
+            t,
+            h,
+            h // g,
+            *strides,
+            p,
+            n,
+            Q,
+            **how,
+        )
+        _dbc[c, g, b](
+            x, dt, A, B, C, dy, S_in, G_out, dB, dC, t, h, *strides, p, n, Q, h // g, **heads
+        )
         return dx, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dstate, None
 
 
 def ssd(x, dt, A, B, C, D=None, state=None, chunk=128):
-    """mamba.ssd_chunked: y (b, t, h, p) and the last state. `chunk` changes rounding only, and here not even that.
+    """mamba.ssd_chunked: y (b, t, h, p) and the last state. `chunk` changes rounding only, and here
+    not even that.
 
-    Up to 16 tokens without a gradient take ssd_steps, so a draft is verified by the arithmetic that would sample it.
+    Up to 16 tokens without a gradient take ssd_steps, so a draft is verified by the arithmetic that
+    would sample it.
     """
-    grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, dt, A, B, C, D, state))
+    grad = torch.is_grad_enabled() and any(
+        v is not None and v.requires_grad for v in (x, dt, A, B, C, D, state)
+    )
     if x.shape[1] <= 16 and not grad:
         return ssd_steps(x, dt, A, B, C, D, state)
     args = prepare(x, dt, A, B, C, D, state)
@@ -287,12 +524,36 @@ def ssd(x, dt, A, B, C, D=None, state=None, chunk=128):
 
 
 def ssd_steps(x, dt, A, B, C, D=None, state=None, every=False):
-    """mamba.ssd_recurrent for few tokens, no gradient. every: all states, (b, t, h, p, n), for whoever may go back."""
+    """mamba.ssd_recurrent for few tokens, no gradient. every: all states, (b, t, h, p, n), for
+    whoever may go back.
+    """
     with torch.no_grad():
         x, dt, A, B, C, D, state = prepare(x, dt, A, B, C, D, state)
         (b, t, h, p), (g, n) = x.shape, B.shape[2:]
-        y, last = x.new_empty(b, t, h, p), state.new_empty(b, t, h, p, n) if every else torch.empty_like(state)
-        BP = min(p, 16)                                      # 8 KiB of state a program of one warp: 64 numbers a thread
-        _step[p // BP, h, b](x, dt, A, B, C, D, state, y, last, t, h, h // g, x.stride(1), B.stride(1),
-                             p, n, BP, every, num_warps=1)
+        y, last = (
+            x.new_empty(b, t, h, p),
+            state.new_empty(b, t, h, p, n) if every else torch.empty_like(state),
+        )
+        BP = min(p, 16)  # 8 KiB of state a program of one warp: 64 numbers a thread
+        _step[p // BP, h, b](
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            state,
+            y,
+            last,
+            t,
+            h,
+            h // g,
+            x.stride(1),
+            B.stride(1),
+            p,
+            n,
+            BP,
+            every,
+            num_warps=1,
+        )
     return y, last

@@ -1,4 +1,7 @@
-"""attention.py against a softmax written as a loop over queries: rows alike and not, masks and none, gradients."""
+"""attention.py against a softmax written as a loop over queries: rows alike and not, masks and
+none, gradients.
+"""
+
 import math
 
 import pytest
@@ -24,17 +27,24 @@ def softmax_loop(q, k, v, first, group=lambda i, h, kv: i // (h // kv)):
 
 def qkv(t, L, b=2, h=6, kv=2, e=5, dtype=torch.float64):
     r = torch.Generator().manual_seed(t * 100 + L)
-    return [torch.randn(b, n, s, e, dtype=torch.float64, generator=r).to(dtype) for n, s in ((h, t), (kv, L), (kv, L))]
+    return [
+        torch.randn(b, n, s, e, dtype=torch.float64, generator=r).to(dtype)
+        for n, s in ((h, t), (kv, L), (kv, L))
+    ]
 
 
 @pytest.mark.parametrize("t,first", [(1, 0), (7, 0), (1, 6), (3, 4), (5, 1)])
 def test_attend_is_a_softmax(t, first):
     q, k, v = qkv(t, first + t)
     want = softmax_loop(q, k, v, first)
-    assert rms(attend(q, k, v, first), want) <= 1e-12                    # in two parts, merged by their sums
-    assert rms(attend(q.clone().requires_grad_(), k, v, first).detach(), want) <= 1e-12          # under a mask
-    assert rms(softmax_loop(q, k, v, first, group=lambda i, h, kv: i % kv), want) > .1
-    k, v = (torch.cat([x, torch.full_like(x[:, :, :2], 50.)], 2) for x in (k, v))     # nonsense beyond every row's end
+    assert rms(attend(q, k, v, first), want) <= 1e-12  # in two parts, merged by their sums
+    assert (
+        rms(attend(q.clone().requires_grad_(), k, v, first).detach(), want) <= 1e-12
+    )  # under a mask
+    assert rms(softmax_loop(q, k, v, first, group=lambda i, h, kv: i % kv), want) > 0.1
+    k, v = (
+        torch.cat([x, torch.full_like(x[:, :, :2], 50.0)], 2) for x in (k, v)
+    )  # nonsense beyond every row's end
     assert rms(attend(q, k, v, torch.tensor([first, first])), want) <= 1e-12
 
 
@@ -46,14 +56,19 @@ def test_attend_when_rows_have_read_different_amounts(t, first):
 
 
 def test_attend_in_blocks_of_queries():
-    """So many keys that only one or two queries fit under the mask's budget at once; most keys are far and alike."""
-    L, t = 2 ** 21, 5
+    """So many keys that only one or two queries fit under the mask's budget at once; most keys are
+    far and alike.
+    """
+    L, t = 2**21, 5
     r = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2, t, 2, generator=r)
     k, v = torch.zeros(1, 1, L, 2), torch.zeros(1, 1, L, 2)
-    k[:, :, -8:], v[:, :, -8:] = torch.randn(1, 1, 8, 2, generator=r), torch.randn(1, 1, 8, 2, generator=r)
+    k[:, :, -8:], v[:, :, -8:] = (
+        torch.randn(1, 1, 8, 2, generator=r),
+        torch.randn(1, 1, 8, 2, generator=r),
+    )
     k[:, :, :-8, 0] = -1e4
-    q[..., 0] = q[..., 0].abs() + 1                              # the far keys get no weight: a loop over 8 is enough
+    q[..., 0] = q[..., 0].abs() + 1  # the far keys get no weight: a loop over 8 is enough
     want = softmax_loop(q, k[:, :, -8:], v[:, :, -8:], 8 - t)
     assert rms(attend(q, k, v, L - t), want) <= 1e-5
     assert rms(attend(q, k, v, torch.tensor([L - t])), want) <= 1e-5
@@ -63,8 +78,12 @@ def test_attend_in_blocks_of_queries():
 @pytest.mark.parametrize("first", [0, 4])
 def test_attend_gradients_and_causality(first):
     q, k, v = (x.requires_grad_() for x in qkv(6, 6 + first))
-    for g, w in zip(*(torch.autograd.grad((f(q, k, v, first) ** 2).sum(), (q, k, v))
-                      for f in (attend, softmax_loop_diff))):
+    for g, w in zip(
+        *(
+            torch.autograd.grad((f(q, k, v, first) ** 2).sum(), (q, k, v))
+            for f in (attend, softmax_loop_diff)
+        )
+    ):
         assert rms(g, w) <= 1e-10
 
 
@@ -79,22 +98,31 @@ def test_attend_when_one_part_of_the_keys_drowns_the_other(loud):
 def softmax_loop_diff(q, k, v, first):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = q @ k.mT / math.sqrt(q.shape[-1])
-    return torch.softmax(s.masked_fill(torch.ones_like(s).triu(first + 1).bool(), -math.inf), -1) @ v
+    return (
+        torch.softmax(s.masked_fill(torch.ones_like(s).triu(first + 1).bool(), -math.inf), -1) @ v
+    )
 
 
 def test_attention_layer_is_its_equation():
     torch.manual_seed(0)
-    m, u = Attention(7, heads=6, kv_heads=2, head_dim=5).double(), torch.randn(2, 8, 7, dtype=torch.float64)
+    m, u = (
+        Attention(7, heads=6, kv_heads=2, head_dim=5).double(),
+        torch.randn(2, 8, 7, dtype=torch.float64),
+    )
     heads = lambda w, n: (u @ w.weight.T).view(2, 8, n, 5).transpose(1, 2)
     y = softmax_loop(heads(m.q_proj, 6), heads(m.k_proj, 2), heads(m.v_proj, 2), 0)
     assert rms(m(u), y.transpose(1, 2).reshape(2, 8, 30) @ m.o_proj.weight.T) <= 1e-12
 
 
 def test_this_file_can_fail():
-    """Two parts of the keys averaged without their sums, or the sums swapped: far from the softmax of both."""
+    """Two parts of the keys averaged without their sums, or the sums swapped: far from the softmax
+    of both.
+    """
     q, k, v = qkv(3, 10)
     want = softmax_loop(q, k, v, 7)
     assert rms(attend_in_two(q, k, v, 7), want) <= 1e-12
     own = attend(q, k[:, :, 7:], v[:, :, 7:], 0)
-    past = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, :7], v[:, :, :7], enable_gqa=True)
-    assert rms((own + past) / 2, want) > .1
+    past = torch.nn.functional.scaled_dot_product_attention(
+        q, k[:, :, :7], v[:, :, :7], enable_gqa=True
+    )
+    assert rms((own + past) / 2, want) > 0.1

@@ -1,4 +1,7 @@
-"""The arithmetic of budget.py against the dry run's step, and the dry run's peak against that of a real step."""
+"""The arithmetic of budget.py against the dry run's step, and the dry run's peak against that of a
+real step.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -6,46 +9,71 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from scale import budget
-from scale import dryrun
-from scale import parallel
 import data
 import train
 from model import Config, Nemotron
+from scale import budget, dryrun, parallel
 
 KEYS = "parameters", "states", "peak", "flops", "gather", "reduce", "all-to-all", "far"
 
 
 def plan(preset="toy", world=8, ep=2, cp=1, rows=4, length=512, recompute=False, **more):
-    return train.Run(preset=preset, world=world, ep=ep, cp=cp, batch=rows * world // cp, length=length * cp, recompute=recompute,
-                     precision="bf16", dry_run=True, **more)
+    return train.Run(
+        preset=preset,
+        world=world,
+        ep=ep,
+        cp=cp,
+        batch=rows * world // cp,
+        length=length * cp,
+        recompute=recompute,
+        precision="bf16",
+        dry_run=True,
+        **more,
+    )
 
 
 def ratios(run, config):
     """Arithmetic over what was followed, for each number."""
     seen = dryrun.predict(run, lambda line: None, config, train.optimiser, train.losses)
-    said = dryrun.predict(replace(run, quick=True), lambda line: None, config, train.optimiser, train.losses)
+    said = dryrun.predict(
+        replace(run, quick=True), lambda line: None, config, train.optimiser, train.losses
+    )
     return {k: said[k] / seen[k] for k in KEYS if seen.get(k)}
 
 
 def close(r):
-    return {k: round(v, 3) for k, v in r.items() if not .9 < v < 1.1}
+    return {k: round(v, 3) for k, v in r.items() if not 0.9 < v < 1.1}
 
 
-@pytest.mark.parametrize("how", [dict(), dict(recompute=True), dict(recompute=True, cp=2, ep=4, world=4, rows=2),
-                                 dict(recompute=True, rows=4, micro=1), dict(world=16, ep=16, rows=1),
-                                 dict(world=16, cp=16, rows=1)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(recompute=True),
+        dict(recompute=True, cp=2, ep=4, world=4, rows=2),
+        dict(recompute=True, rows=4, micro=1),
+        dict(world=16, ep=16, rows=1),
+        dict(world=16, cp=16, rows=1),
+    ],
+)
 def test_arithmetic_agrees_with_a_step_that_was_followed(how):
     r = ratios(plan(**how), Config.preset("toy"))
-    assert not close(r) and ("far" in r) == (how.get("world") == 16)         # more ranks swap than a machine has
+    assert not close(r) and ("far" in r) == (
+        how.get("world") == 16
+    )  # more ranks swap than a machine has
 
 
 @pytest.mark.parametrize("letter", "M*E-")
 def test_each_kind_of_layer(letter):
     """Two layers of a kind, few words, no MTP: then the layer at work is most of the peak."""
-    config = replace(Config.preset("toy"), hybrid_override_pattern=2 * letter, vocab_size=32, num_nextn_predict_layers=0)
+    config = replace(
+        Config.preset("toy"),
+        hybrid_override_pattern=2 * letter,
+        vocab_size=32,
+        num_nextn_predict_layers=0,
+    )
     r = ratios(plan(recompute=True), config)
-    del r["flops"]                                                           # the last product is not done again: a quarter of `-`
+    del r["flops"]  # the last product is not done again: a quarter of `-`
     assert not close(r)
 
 
@@ -67,21 +95,33 @@ def test_parameters_are_exact(preset):
 
 
 def measured(config, run):
-    """The most memory of a real step of one rank, from the profiler's own log of allocations, above what it found."""
+    """The most memory of a real step of one rank, from the profiler's own log of allocations, above
+    what it found.
+    """
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         world = parallel.World()
         model = world.model(config, 0, True, run.recompute)
         opt = train.optimiser(model, run)
         ids = torch.randint(config.vocab_size, (run.batch, run.length + 1))
+
         def step():
-            pieces = [world.rows(piece, config.mtp_num_layers) for piece in ids.split(run.micro or run.batch)]
+            pieces = [
+                world.rows(piece, config.mtp_num_layers)
+                for piece in ids.split(run.micro or run.batch)
+            ]
             counts = [run.batch * run.length] * (config.mtp_num_layers + 1)
-            train.backward(model, data.Batch(pieces, counts, run.batch, 0), run, lambda: torch.autocast("cpu", torch.bfloat16))
+            train.backward(
+                model,
+                data.Batch(pieces, counts, run.batch, 0),
+                run,
+                lambda: torch.autocast("cpu", torch.bfloat16),
+            )
             world.clip(list(model.parameters()), 1.0)
             opt.step()
             opt.zero_grad(set_to_none=True)
-        step()                                                               # makes the moments
+
+        step()  # makes the moments
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             step()
         sizes = [e.nbytes() for e in allocations(seen)]
@@ -106,7 +146,7 @@ def test_the_predicted_peak_is_that_of_a_real_step(how):
     seen = dryrun.predict(run, lambda line: None, config, train.optimiser, train.losses)
     real = measured(config, run)
     print(f"predicted {seen['peak']:,}, real {real:,}")
-    assert .9 < seen["peak"] / real < 1.1
+    assert 0.9 < seen["peak"] / real < 1.1
 
 
 def test_this_file_can_fail():

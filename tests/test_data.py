@@ -1,4 +1,5 @@
 """data.py promises that text survives and that a batch is a function; here it is held to that."""
+
 import hashlib
 import lzma
 import sys
@@ -10,10 +11,15 @@ import torch
 import data
 from data import batch, corpus, describe, encode, entropy_floor, task, tokenizer
 
-PYTHON, TEXTS, BYTES = corpus("python"), {name: task(name) for name in data.TASKS}, tokenizer("bytes")
+PYTHON, TEXTS, BYTES = (
+    corpus("python"),
+    {name: task(name) for name in data.TASKS},
+    tokenizer("bytes"),
+)
 
 
 # Token files
+
 
 def llm_c(path, ids, magic=20240520, count=None):
     head = np.zeros(256, "<i4")
@@ -30,7 +36,7 @@ def test_token_files_both_ways(tmp_path):
         path = str(tmp_path / name)
         c = corpus(path)
         assert (c.train == ids[:950]).all() and (c.val == ids[950:]).all()
-        assert not c.train.flags.owndata and not c.val.flags.owndata         # the map itself, not a copy
+        assert not c.train.flags.owndata and not c.val.flags.owndata  # the map itself, not a copy
         raw = open(path, "rb").read()
         assert c.size == len(raw) and c.sha256 == hashlib.sha256(raw).hexdigest()
     assert corpus(str(tmp_path / "long.bin")).train.dtype == np.uint32
@@ -42,19 +48,26 @@ def test_a_glob_reads_as_one_file(tmp_path):
         llm_c(tmp_path / f"part{i}.bin", ids[a:b])
     c = corpus(str(tmp_path / "part*.bin"))
     assert (len(c.train), len(c.val)) == (2850, 150) and (c.train[0:2850] == ids[:2850]).all()
-    assert all((c.train[a:a + 9] == ids[a:a + 9]).all() for a in range(0, 2841, 7)) and len(c.train[5:5]) == 0
+    assert (
+        all((c.train[a : a + 9] == ids[a : a + 9]).all() for a in range(0, 2841, 7))
+        and len(c.train[5:5]) == 0
+    )
     assert torch.equal(batch(c.train, 0, 0, 8, 500), batch(ids[:2850], 0, 0, 8, 500))
-    (tmp_path / "part3.bin").rename(tmp_path / "part_val.bin")               # published split: no 5 %
+    (tmp_path / "part3.bin").rename(tmp_path / "part_val.bin")  # published split: no 5 %
     c = corpus(str(tmp_path / "part*.bin"))
     assert len(c.train) == 701 and (c.val == ids[701:]).all()
 
 
-@pytest.mark.parametrize("why,make", [
-    ("has 3,024 bytes where 1,001 ids need 3,026", lambda p: llm_c(p, range(1000), count=1001)),
-    ("has magic 20240522, neither 20240520", lambda p: llm_c(p, range(1000), magic=20240522)),
-    ("has 7 bytes where 3 ids need 6", lambda p: p.write_bytes(b"1234567")),
-    ("is empty: 0 tokens in 0 bytes", lambda p: p.write_bytes(b"")),
-    ("is empty: 0 tokens in 1,024 bytes", lambda p: llm_c(p, []))])
+@pytest.mark.parametrize(
+    "why,make",
+    [
+        ("has 3,024 bytes where 1,001 ids need 3,026", lambda p: llm_c(p, range(1000), count=1001)),
+        ("has magic 20240522, neither 20240520", lambda p: llm_c(p, range(1000), magic=20240522)),
+        ("has 7 bytes where 3 ids need 6", lambda p: p.write_bytes(b"1234567")),
+        ("is empty: 0 tokens in 0 bytes", lambda p: p.write_bytes(b"")),
+        ("is empty: 0 tokens in 1,024 bytes", lambda p: llm_c(p, [])),
+    ],
+)
 def test_broken_token_files(why, make, tmp_path):
     make(tmp_path / "x.bin")
     with pytest.raises(ValueError, match=why):
@@ -62,6 +75,7 @@ def test_broken_token_files(why, make, tmp_path):
 
 
 # Corpora
+
 
 def test_python_is_here_and_stays_the_same():
     again = corpus("python")
@@ -87,11 +101,17 @@ def test_files_and_folders(tmp_path):
     c, whole = corpus(str(tmp_path)), "a" * 20 + "\n\ny\ny\n\nzé"
     assert c.train + c.val == whole and c.size == len(whole.encode())
     assert c.sha256 == hashlib.sha256(whole.encode()).hexdigest()
-    assert corpus(str(tmp_path / "a.txt")).train == "a" * 19 and corpus(str(tmp_path / "a.*")).val == "a"
+    assert (
+        corpus(str(tmp_path / "a.txt")).train == "a" * 19
+        and corpus(str(tmp_path / "a.*")).val == "a"
+    )
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "empty.txt").write_bytes(b"")
-    why = {"latin.txt": "is not UTF-8: byte 0xe9 at 3", "empty.txt": "is empty: 0 bytes",
-           "none.txt": "is no file"}
+    why = {
+        "latin.txt": "is not UTF-8: byte 0xe9 at 3",
+        "empty.txt": "is empty: 0 bytes",
+        "none.txt": "is no file",
+    }
     for name in why:
         with pytest.raises(ValueError, match=why[name]):
             corpus(str(tmp_path / name))
@@ -99,7 +119,9 @@ def test_files_and_folders(tmp_path):
 
 def test_nothing_downloads_by_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DATA", tmp_path / "data")
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: pytest.fail("the network was asked"))
+    monkeypatch.setattr(
+        data.urllib.request, "urlopen", lambda *a, **k: pytest.fail("the network was asked")
+    )
     for name in ("shakespeare", "fineweb"):
         with pytest.raises(ValueError, match=f"python data.py --download {name}$"):
             corpus(name)
@@ -117,7 +139,7 @@ def test_what_is_downloaded_is_checked_before_it_has_a_name(tmp_path, monkeypatc
     monkeypatch.setattr(data, "SHAKESPEARE", hashlib.sha256(play).hexdigest())
     data.download("shakespeare")
     assert corpus("shakespeare").train == "To be, or not to be"
-    assert [p.name for p in here.iterdir()] == ["shakespeare.txt"]           # no .part left
+    assert [p.name for p in here.iterdir()] == ["shakespeare.txt"]  # no .part left
 
     llm_c(web / "fineweb_val_000000.bin", range(90))
     (web / "fineweb_train_000001.bin").write_bytes(b"<html>Please sign in </html>")
@@ -128,10 +150,14 @@ def test_what_is_downloaded_is_checked_before_it_has_a_name(tmp_path, monkeypatc
     assert (len(corpus("fineweb").train), len(corpus("fineweb").val)) == (900, 90)
 
 
-@pytest.mark.parametrize("name,sha256", [
-    ("recall", "75ba66ad0c57bb5f8e1c17009524b4e382cca9d0ae515f132904b101453caad9"),
-    ("copy", "8c1c5099d7925b7812c1698ccf545a1526ab9cb8bc8bf7fb7a1e9f32f6884ade"),
-    ("arithmetic", "90d80a98b8a6cc0c75e0006c55087cbbffa8acc61136546cab127bf389465e34")])
+@pytest.mark.parametrize(
+    "name,sha256",
+    [
+        ("recall", "75ba66ad0c57bb5f8e1c17009524b4e382cca9d0ae515f132904b101453caad9"),
+        ("copy", "8c1c5099d7925b7812c1698ccf545a1526ab9cb8bc8bf7fb7a1e9f32f6884ade"),
+        ("arithmetic", "90d80a98b8a6cc0c75e0006c55087cbbffa8acc61136546cab127bf389465e34"),
+    ],
+)
 def test_tasks_are_the_same_everywhere_and_determined(name, sha256):
     assert corpus(name).sha256 == sha256
     for line in TEXTS[name].splitlines()[:2000]:
@@ -153,13 +179,22 @@ def bits(symbols):
 
 
 def test_floors_are_the_bits_of_the_free_choices():
-    rows = {n: np.frombuffer(t.encode(), np.uint8).reshape(-1, t.index("\n") + 1) for n, t in TEXTS.items()}
-    r, key = rows["recall"], rows["recall"][:, :16:2]                        # (rows, 34) (rows, 8)
-    place = [(key == r[:, i:i + 1]).argmax(1) for i in range(17, 33, 2)]     # which of the 8 is asked
-    number = [rows["arithmetic"][:, i:i + 3] @ [100, 10, 1] for i in (0, 4)]
-    free = {"copy": sum(bits(rows["copy"][:, i]) for i in range(16)), "arithmetic": sum(map(bits, number)),
-            "recall": sum(bits(r[:, i]) - np.log2(26 / (26 - i // 2)) for i in range(0, 16, 2))
-            + sum(bits(r[:, i]) for i in range(1, 16, 2)) + sum(map(bits, place))}
+    rows = {
+        n: np.frombuffer(t.encode(), np.uint8).reshape(-1, t.index("\n") + 1)
+        for n, t in TEXTS.items()
+    }
+    r, key = rows["recall"], rows["recall"][:, :16:2]  # (rows, 34) (rows, 8)
+    place = [
+        (key == r[:, i : i + 1]).argmax(1) for i in range(17, 33, 2)
+    ]  # which of the 8 is asked
+    number = [rows["arithmetic"][:, i : i + 3] @ [100, 10, 1] for i in (0, 4)]
+    free = {
+        "copy": sum(bits(rows["copy"][:, i]) for i in range(16)),
+        "arithmetic": sum(map(bits, number)),
+        "recall": sum(bits(r[:, i]) - np.log2(26 / (26 - i // 2)) for i in range(0, 16, 2))
+        + sum(bits(r[:, i]) for i in range(1, 16, 2))
+        + sum(map(bits, place)),
+    }
     for name, text in TEXTS.items():
         assert abs(free[name] / rows[name].shape[1] - entropy_floor(name)) < 3e-3
         assert 8 * len(lzma.compress(text.encode(), preset=1)) / len(text) > entropy_floor(name)
@@ -172,12 +207,21 @@ IDS = np.arange(5000, dtype=np.uint16)
 
 def test_a_batch_is_a_function_of_seed_and_step():
     first = batch(IDS, seed=3, step=5, size=8, length=33)
-    np.random.seed(0), torch.manual_seed(0), batch(IDS, 3, 6, 8, 33)         # nothing else moves it
+    np.random.seed(0), torch.manual_seed(0), batch(IDS, 3, 6, 8, 33)  # nothing else moves it
     assert first.shape == (8, 33) and first.dtype == torch.int64
     assert torch.equal(first, batch(IDS, 3, 5, 8, 33))
-    assert torch.equal(first - first[:, :1], torch.arange(33).expand(8, -1))  # each row is one stretch
-    assert not torch.equal(first, batch(IDS, 3, 6, 8, 33)) and not torch.equal(first, batch(IDS, 4, 5, 8, 33))
-    assert batch(IDS[:1000], 1, 2, 4, 1).flatten().tolist() == [377, 50, 683, 234]        # on every machine
+    assert torch.equal(
+        first - first[:, :1], torch.arange(33).expand(8, -1)
+    )  # each row is one stretch
+    assert not torch.equal(first, batch(IDS, 3, 6, 8, 33)) and not torch.equal(
+        first, batch(IDS, 4, 5, 8, 33)
+    )
+    assert batch(IDS[:1000], 1, 2, 4, 1).flatten().tolist() == [
+        377,
+        50,
+        683,
+        234,
+    ]  # on every machine
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -188,8 +232,8 @@ def test_ranks_share_one_batch(world):
 
 def test_every_window_can_be_drawn():
     starts = torch.cat([batch(IDS[:12], 0, step, 64, 9)[:, 0] for step in range(10)])
-    assert starts.unique().tolist() == [0, 1, 2, 3]                        # the last one ends with the corpus
-    assert starts.bincount().min() > 120                                     # of 160 expected
+    assert starts.unique().tolist() == [0, 1, 2, 3]  # the last one ends with the corpus
+    assert starts.bincount().min() > 120  # of 160 expected
 
 
 def test_batch_refusals():
@@ -202,14 +246,18 @@ def test_batch_refusals():
 def test_describe_is_one_line_and_catches_the_wrong_tokenizer(tmp_path):
     c = corpus("copy")
     line = describe(c, BYTES, len(encode(BYTES, c.train)), len(encode(BYTES, c.val)))
-    assert line == ("copy: 999,974 bytes, 949,975 + 49,999 tokens of bytes, 1.00 bytes/token, "
-                    f"sha256 {c.sha256[:12]}")
+    assert line == (
+        "copy: 999,974 bytes, 949,975 + 49,999 tokens of bytes, 1.00 bytes/token, "
+        f"sha256 {c.sha256[:12]}"
+    )
     c = corpus(llm_c(tmp_path / "gpt2.bin", range(50_000)))
-    assert encode(BYTES, c.train) is c.train                                 # ids already
+    assert encode(BYTES, c.train) is c.train  # ids already
     with pytest.raises(ValueError, match="has id 49999, but bytes has 257 ids"):
         describe(c, BYTES, len(c.train), len(c.val))
     c = corpus(llm_c(tmp_path / "words.bin", [97] * 60 + [256] * 40))
-    assert " 0.00 bytes/token" in describe(c, BYTES, len(c.train), len(c.val))  # special tokens are no text
+    assert " 0.00 bytes/token" in describe(
+        c, BYTES, len(c.train), len(c.val)
+    )  # special tokens are no text
 
 
 def test_flags_are_spelled_out(monkeypatch):
@@ -228,9 +276,9 @@ def test_data_is_the_door_to_the_tokenizer():
 
 def test_this_file_can_fail():
     late = np.random.default_rng(0).integers(0, 4968, 8)
-    assert late.tolist() != batch(IDS, 0, 0, 8, 33)[:, 0].tolist()           # another generator
+    assert late.tolist() != batch(IDS, 0, 0, 8, 33)[:, 0].tolist()  # another generator
     swapped = batch(IDS, 0, 1, 8, 16).roll(4, 0)
-    assert not torch.equal(swapped, batch(IDS, 0, 1, 8, 16))                 # the ranks in another order
-    text = TEXTS["copy"].replace("a", "b")                                   # one letter fewer to choose from
+    assert not torch.equal(swapped, batch(IDS, 0, 1, 8, 16))  # the ranks in another order
+    text = TEXTS["copy"].replace("a", "b")  # one letter fewer to choose from
     rows = np.frombuffer(text.encode(), np.uint8).reshape(-1, 34)
     assert abs(sum(bits(rows[:, i]) for i in range(16)) / 34 - entropy_floor("copy")) > 3e-2

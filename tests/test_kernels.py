@@ -1,12 +1,15 @@
 """
-The Triton kernels on a machine without a GPU: interpreted for their numbers, compiled for their registers.
+The Triton kernels on a machine without a GPU: interpreted for their numbers, compiled for their
+registers.
 
-Triton decides at import whether it interprets or compiles, so neither can happen in this process. Each file of
-tests/interpreted and each list of tests/compiled runs in one of its own, and fails here with what it printed:
+Triton decides at import whether it interprets or compiles, so neither can happen in this process.
+Each file of tests/interpreted and each list of tests/compiled runs in one of its own, and fails
+here with what it printed:
 
     python -m pytest tests/interpreted         numbers: every kernel against fp64, every address checked
     python tests/compiled/aot.py               registers, spills, shared memory, instructions on A100, H100, B200
 """
+
 import ast
 import importlib.util
 import os
@@ -22,19 +25,38 @@ INTERPRETED = sorted(p.stem for p in (HERE / "interpreted").glob("test_*.py"))
 COMPILED = sorted(p.stem for p in (HERE / "compiled").glob("*.py") if p.stem != "aot")
 KERNELS = sorted(p.stem for p in (HERE.parent / "kernels").glob("*.py") if p.stem != "__init__")
 here = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not here, reason="triton is not installed: pip install -r requirements-dev.txt")
+needs_triton = pytest.mark.skipif(
+    not here, reason="triton is not installed: pip install -r requirements-dev.txt"
+)
 
 
 def run(*args, **env):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_"))}
-    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE.parent, env={**inherited, **env}, timeout=600,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_"))
+    }
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=HERE.parent,
+        env={**inherited, **env},
+        timeout=600,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @needs_triton
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted(name):
-    done = run("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", HERE / "interpreted" / f"{name}.py")
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        HERE / "interpreted" / f"{name}.py",
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:]
 
@@ -53,13 +75,14 @@ def test_every_kernel_is_interpreted_and_compiled():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_file_is_a_lesson(name):
-    """It opens with grid, traffic, numbers; imports torch, triton, kernels alone. The same bits every time: no atomics but
-    of a maximum, which is the same in any order."""
+    """It opens with grid, traffic, numbers; imports torch, triton, kernels alone. The same bits
+    every time: no atomics but of a maximum, which is the same in any order."""
     text = (HERE.parent / "kernels" / f"{name}.py").read_text()
     tree = ast.parse(text)
     assert all(word in ast.get_docstring(tree) for word in ("grid ", "traffic ", "numbers "))
     tops = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names} | {
-        n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
+    }
     assert {t.split(".")[0] for t in tops} <= {"torch", "triton", "kernels"}, tops
     assert max(map(len, text.splitlines())) <= 120 and not re.search(r"tl\.atomic_(?!max\b)", text)
 
@@ -70,8 +93,15 @@ def test_asking_for_what_cannot_run_says_why():
     done = run("-c", "import importlib.util as u; f = u.find_spec; " + hidden)
     assert done.returncode and "fast=True needs the package triton" in done.stdout.splitlines()[-1]
     if here:
-        done = run("-c", "import kernels, torch; kernels.on_gpu('ssd', torch.zeros(1))", CUDA_VISIBLE_DEVICES="")
-        assert done.returncode and "ssd with fast=True needs a CUDA GPU" in done.stdout.splitlines()[-1]
+        done = run(
+            "-c",
+            "import kernels, torch; kernels.on_gpu('ssd', torch.zeros(1))",
+            CUDA_VISIBLE_DEVICES="",
+        )
+        assert (
+            done.returncode
+            and "ssd with fast=True needs a CUDA GPU" in done.stdout.splitlines()[-1]
+        )
 
 
 BROKEN = """

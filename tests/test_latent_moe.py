@@ -1,9 +1,11 @@
 """
-latent_moe.py against a loop over tokens and experts, in the regime of Super (22 of 512) at a tiny width, in fp64.
+latent_moe.py against a loop over tokens and experts, in the regime of Super (22 of 512) at a tiny
+width, in fp64.
 
     s = sigmoid(W_r u)     T = the k largest of s + bias     p = scale s_T / (sum s_T + 1e-20)
     out = W_2 sum_{e in T} p_e W_down,e relu(W_up,e W_1 u)^2  +  V_down relu(V_up u)^2
 """
+
 import math
 
 import pytest
@@ -17,13 +19,26 @@ import latent_moe
 from latent_moe import MLP, LatentMoE, grouped_mm, sequence_balance, take_balance, update_bias
 
 
-def build(experts=512, k=22, d=12, latent=4, hidden=3, shared=5, scale=5.0, seed=0, dtype=torch.float64, **kw):
+def build(
+    experts=512,
+    k=22,
+    d=12,
+    latent=4,
+    hidden=3,
+    shared=5,
+    scale=5.0,
+    seed=0,
+    dtype=torch.float64,
+    **kw,
+):
     torch.manual_seed(seed)
     return LatentMoE(d, experts, k, hidden, shared, latent, scale, **kw).to(dtype)
 
 
 def tokens(b, t, d=12, seed=0, dtype=torch.float64):
-    return torch.randn(b, t, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(
+        b, t, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
 
 
 def bias_of(moe):
@@ -31,20 +46,34 @@ def bias_of(moe):
 
 
 def oracle(moe, u, pick=None, weigh_with_bias=False, scale_shared=False, normalise=True):
-    """Token by token, expert by expert, from the tensors alone. `pick` settles ties; by default Python sorts."""
+    """Token by token, expert by expert, from the tensors alone. `pick` settles ties; by default
+    Python sorts.
+    """
     w = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
     bias, rows = w["gate.e_score_correction_bias"], []
     for i, x in enumerate(u.flatten(0, 1)):
         s = 1 / (1 + torch.exp(-(w["gate.weight"] @ x)))
         biased = (s + bias).tolist()
-        T = sorted(range(len(biased)), key=lambda e: -biased[e])[:moe.top_k] if pick is None else pick[i].tolist()
+        T = (
+            sorted(range(len(biased)), key=lambda e: -biased[e])[: moe.top_k]
+            if pick is None
+            else pick[i].tolist()
+        )
         chosen = s + bias if weigh_with_bias else s
         total = sum(chosen[e] for e in T) + 1e-20 if normalise else 1
         c = w["fc1_latent_proj.weight"] @ x if "fc1_latent_proj.weight" in w else x
-        r = sum(moe.scale * chosen[e] / total * (w["experts.down_proj"][e] @ F.relu(w["experts.up_proj"][e] @ c) ** 2)
-                for e in T)
+        r = sum(
+            moe.scale
+            * chosen[e]
+            / total
+            * (w["experts.down_proj"][e] @ F.relu(w["experts.up_proj"][e] @ c) ** 2)
+            for e in T
+        )
         out = w["fc2_latent_proj.weight"] @ r if "fc2_latent_proj.weight" in w else r
-        shared = w["shared_experts.down_proj.weight"] @ F.relu(w["shared_experts.up_proj.weight"] @ x) ** 2
+        shared = (
+            w["shared_experts.down_proj.weight"]
+            @ F.relu(w["shared_experts.up_proj.weight"] @ x) ** 2
+        )
         rows.append(out + (moe.scale if scale_shared else 1) * shared)
     return torch.stack(rows).view_as(u)
 
@@ -56,7 +85,9 @@ def compare(moe, u, tolerance=1e-10):
     assert rms(got, want) <= tolerance
     names, tensors = zip(*moe.named_parameters(), ("u", u))
     weight = torch.randn(got.shape, dtype=got.dtype, generator=torch.Generator().manual_seed(7))
-    for name, g, w in zip(names, *(torch.autograd.grad((y * weight).sum(), tensors) for y in (got, want))):
+    for name, g, w in zip(
+        names, *(torch.autograd.grad((y * weight).sum(), tensors) for y in (got, want))
+    ):
         assert rms(g, w) <= tolerance, name
 
 
@@ -64,13 +95,15 @@ def compare(moe, u, tolerance=1e-10):
 @pytest.mark.parametrize("b,t", [(1, 1), (2, 5)])
 def test_22_of_512_is_the_loop(latent, b, t):
     moe = build(latent=latent)
-    bias_of(moe).copy_(.2 * torch.randn(512, dtype=torch.float64))
+    bias_of(moe).copy_(0.2 * torch.randn(512, dtype=torch.float64))
     compare(moe, tokens(b, t))
 
 
 @pytest.mark.parametrize("experts,k,latent", [(512, 22, 4), (16, 4, None), (7, 3, 5), (1, 1, 4)])
 def test_few_tokens_meet_all_experts(monkeypatch, experts, k, latent):
-    """In decoding, while k of E for each of m tokens are most experts anyway. One token of Super's 22 of 512 are not."""
+    """In decoding, while k of E for each of m tokens are most experts anyway. One token of Super's
+    22 of 512 are not.
+    """
     moe, taken = build(experts, k, latent=latent, norm_topk_prob=k > 1), []
     wide = latent_moe.Experts.wide
     monkeypatch.setattr(latent_moe.Experts, "wide", lambda *a: taken.append(len(a[1])) or wide(*a))
@@ -78,13 +111,21 @@ def test_few_tokens_meet_all_experts(monkeypatch, experts, k, latent):
         u = tokens(1, m)
         with torch.no_grad():
             assert rms(moe(u), oracle(moe, u, normalise=k > 1)) <= 1e-10, m
-        moe(u)                                                       # a gradient is wanted: as in training
+        moe(u)  # a gradient is wanted: as in training
     assert taken == [m for m in (1, -(-experts // k), 32) if m * k >= experts]
 
 
-@pytest.mark.parametrize("experts,k,latent,hidden,norm", [
-    (1, 1, 4, 3, False), (2, 2, None, 3, True), (7, 3, 5, 1, True), (16, 4, 8, 8, True), (16, 16, 4, 3, True),
-    (5, 1, 1, 4, False)])
+@pytest.mark.parametrize(
+    "experts,k,latent,hidden,norm",
+    [
+        (1, 1, 4, 3, False),
+        (2, 2, None, 3, True),
+        (7, 3, 5, 1, True),
+        (16, 4, 8, 8, True),
+        (16, 16, 4, 3, True),
+        (5, 1, 1, 4, False),
+    ],
+)
 def test_other_shapes_are_the_loop(experts, k, latent, hidden, norm):
     moe = build(experts, k, latent=latent, hidden=hidden, norm_topk_prob=norm)
     u = tokens(3, 4)
@@ -96,12 +137,14 @@ def test_other_shapes_are_the_loop(experts, k, latent, hidden, norm):
 
 def test_all_tokens_to_the_same_experts_and_none_to_the_others():
     moe = build(experts=32, k=4)
-    bias_of(moe)[[3, 4, 17, 31]] = 10.
+    bias_of(moe)[[3, 4, 17, 31]] = 10.0
     compare(moe, tokens(2, 6))
     assert moe.load.tolist() == [12 if e in (3, 4, 17, 31) else 0 for e in range(32)]
     idle = [e for e in range(32) if e not in (3, 4, 17, 31)]
     moe(tokens(2, 6)).sum().backward()
-    assert not moe.experts.up_proj.grad[idle].any() and moe.experts.up_proj.grad[[3, 4, 17, 31]].any()
+    assert (
+        not moe.experts.up_proj.grad[idle].any() and moe.experts.up_proj.grad[[3, 4, 17, 31]].any()
+    )
 
 
 def test_ties():
@@ -121,9 +164,11 @@ def test_fp32_takes_the_one_call_path_to_the_same_place(latent):
     want, got = oracle(moe, u), moe(u)
     assert rms(got, want) <= 1e-6
     names, tensors = zip(*moe.named_parameters())
-    for name, g, w in zip(names, *(torch.autograd.grad((y ** 2).sum(), tensors) for y in (got, want))):
+    for name, g, w in zip(
+        names, *(torch.autograd.grad((y**2).sum(), tensors) for y in (got, want))
+    ):
         assert rms(g, w) <= 1e-5, name
-    moe(u).sum().backward()                                          # the gradient of a sum is one number with stride 0
+    moe(u).sum().backward()  # the gradient of a sum is one number with stride 0
 
 
 def loop_mm(x, w, count):
@@ -135,10 +180,13 @@ def loop_mm(x, w, count):
 
 
 # whole 16-byte rows go through one call of torch, odd ones through a loop over experts
-@pytest.mark.parametrize("count",
-                         [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1], [0, 0, 0, 7], [130, 0, 1, 67], [0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    "count", [[3, 0, 5, 1], [0, 0, 9, 0], [1, 1, 1, 1], [0, 0, 0, 7], [130, 0, 1, 67], [0, 0, 0, 0]]
+)
 @pytest.mark.parametrize("i,o", [(8, 16), (5, 7), (8, 7), (5, 8), (4, 4), (1, 1)])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 6e-3)]
+)
 def test_grouped_mm_is_a_loop(count, i, o, dtype, tolerance):
     r = torch.Generator().manual_seed(0)
     f = lambda *s: torch.randn(*s, dtype=torch.float64, generator=r).to(dtype).requires_grad_()
@@ -149,14 +197,16 @@ def test_grouped_mm_is_a_loop(count, i, o, dtype, tolerance):
     Y = loop_mm(X, W, torch.tensor(count))
     assert rms(y, Y) <= tolerance
     if sum(count):
-        pairs = zip(torch.autograd.grad(y, (x, w), seen), torch.autograd.grad(Y, (X, W), seen.double()))
+        pairs = zip(
+            torch.autograd.grad(y, (x, w), seen), torch.autograd.grad(Y, (X, W), seen.double())
+        )
         assert all(rms(g, ok) <= tolerance for g, ok in pairs)
 
 
 def test_the_bias_chooses_but_never_weighs():
     moe, u = build(experts=64, k=8), tokens(2, 10)
     plain = moe(u)
-    bias_of(moe).fill_(.7)                                                   # the same for all: nothing may move
+    bias_of(moe).fill_(0.7)  # the same for all: nothing may move
     assert torch.equal(moe(u), plain)
     bias_of(moe).copy_(torch.randn(64, dtype=torch.float64))
     pick, gate = moe.route(u)
@@ -165,7 +215,7 @@ def test_the_bias_chooses_but_never_weighs():
         left_out = [e for e in range(64) if e not in pick[row].tolist()]
         assert (s + bias_of(moe))[row, pick[row]].min() >= (s + bias_of(moe))[row, left_out].max()
         assert rms(gate[row], 5 * s[row, pick[row]] / s[row, pick[row]].sum()) <= 1e-12
-    assert rms(oracle(moe, u, weigh_with_bias=True), moe(u)) > .1
+    assert rms(oracle(moe, u, weigh_with_bias=True), moe(u)) > 0.1
     assert not isinstance(bias_of(moe), torch.nn.Parameter) and not bias_of(moe).requires_grad
     assert "gate.e_score_correction_bias" in moe.state_dict()
 
@@ -176,24 +226,32 @@ def test_the_scale_reaches_the_routed_experts_only():
     moe.scale = 5.0
     shared = moe.shared_experts(u)
     assert rms(moe(u) - shared, 5 * (one - shared)) <= 1e-12
-    assert rms(oracle(moe, u, scale_shared=True), moe(u)) > .1
+    assert rms(oracle(moe, u, scale_shared=True), moe(u)) > 0.1
     moe.shared_experts.down_proj.weight.data.zero_()
     moe.fc2_latent_proj.weight.data.zero_()
-    assert not moe(u).any()                                                  # and no residual hides in here
+    assert not moe(u).any()  # and no residual hides in here
 
 
 def test_weights_sum_to_the_scale_until_the_scores_vanish():
     moe, u = build(experts=16, k=4, dtype=torch.float32), tokens(1, 3, dtype=torch.float32)
-    assert rms(moe.route(u)[1].sum(1), torch.full((3,), 5.)) <= 1e-6
+    assert rms(moe.route(u)[1].sum(1), torch.full((3,), 5.0)) <= 1e-6
     moe.gate.weight.data.fill_(-1)
-    for logit, want in ((-30, 5 / 4), (-46, 5 * 1.0530617e-20 / (4 * 1.0530617e-20 + 1e-20)), (-200, 0.)):
-        gate = moe.route(torch.full((1, 1, 12), -logit / 12.))[1]
-        assert rms(gate, torch.full_like(gate, want)) <= 1e-4, logit        # 1e-20 in the denominator: small, never NaN
+    for logit, want in (
+        (-30, 5 / 4),
+        (-46, 5 * 1.0530617e-20 / (4 * 1.0530617e-20 + 1e-20)),
+        (-200, 0.0),
+    ):
+        gate = moe.route(torch.full((1, 1, 12), -logit / 12.0))[1]
+        assert rms(gate, torch.full_like(gate, want)) <= 1e-4, (
+            logit
+        )  # 1e-20 in the denominator: small, never NaN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_router_stays_in_fp32(dtype):
-    """512 experts, near-ties everywhere: autocast leaves the choice the fp32 one, which a bf16 router does not make."""
+    """512 experts, near-ties everywhere: autocast leaves the choice the fp32 one, which a bf16
+    router does not make.
+    """
     moe = build(d=64, dtype=torch.float32)
     u = tokens(4, 64, d=64, dtype=dtype)
     with torch.no_grad():
@@ -223,14 +281,19 @@ def test_bf16_autocast_is_near_fp32_and_reaches_every_parameter(latent):
 
 
 def test_projections_run_once_and_in_the_latent():
-    """Down once a token, the experts on k copies of it, up once after the sum; router and shared expert full width."""
+    """Down once a token, the experts on k copies of it, up once after the sum; router and shared
+    expert full width.
+    """
     moe, seen = build(experts=16, k=4), {}
-    note = lambda name: lambda m, args, out: seen.setdefault(name, []).append(tuple(args[0].shape[-2:]))
+    note = lambda name: (
+        lambda m, args, out: seen.setdefault(name, []).append(tuple(args[0].shape[-2:]))
+    )
     for name in ("fc1_latent_proj", "fc2_latent_proj", "shared_experts", "gate"):
         moe.get_submodule(name).register_forward_hook(note(name))
     mm = moe.experts.mm
     moe.experts.mm = lambda x, w, count: (
-        seen.setdefault("mm", []).append((tuple(x.shape), count.tolist())) or mm(x, w, count))
+        seen.setdefault("mm", []).append((tuple(x.shape), count.tolist())) or mm(x, w, count)
+    )
     moe(tokens(1, 6))
     assert seen["fc1_latent_proj"] == [(6, 12)] and seen["fc2_latent_proj"] == [(6, 4)]
     assert [s[-1] for s in seen["shared_experts"] + seen["gate"]] == [12, 12]
@@ -242,9 +305,11 @@ def test_the_exchange_seam():
     """Tokens leave as (rows sorted by expert, how many for each), and must come back in that order."""
     moe, u = build(experts=8, k=3), tokens(2, 5)
     want, calls = moe(u), []
+
     def there(rows, count):
         calls.append((rows.shape, count.tolist()))
         return rows, count, lambda out: calls.append(out.shape) or out
+
     moe.experts.exchange = there
     assert torch.equal(moe(u), want)
     assert calls[0][0] == (30, 4) and sum(calls[0][1]) == 30 and calls[1] == (30, 4)
@@ -252,7 +317,7 @@ def test_the_exchange_seam():
 
 def test_load_counts_every_choice_since_the_last_update():
     moe, want = build(experts=16, k=4), torch.zeros(16, dtype=torch.long)
-    for seed in range(3):                                                    # a global batch in three pieces
+    for seed in range(3):  # a global batch in three pieces
         u = tokens(2, 7, seed=seed)
         moe(u)
         s = torch.sigmoid(u.flatten(0, 1) @ moe.gate.weight.T)
@@ -262,10 +327,10 @@ def test_load_counts_every_choice_since_the_last_update():
     assert torch.equal(moe.load, want)
     moe.eval()(tokens(2, 7))
     with torch.no_grad():
-        moe.train()(tokens(2, 7))                                            # neither evaluation nor sampling is load
+        moe.train()(tokens(2, 7))  # neither evaluation nor sampling is load
     assert torch.equal(moe.load, want)
     mean = 3 * 14 * 4 / 16
-    (vio, idle), = update_bias(moe, rate=1e-3)
+    ((vio, idle),) = update_bias(moe, rate=1e-3)
     signs = [1e-3 * ((mean > n) - (mean < n)) for n in want.tolist()]
     assert rms(bias_of(moe), torch.tensor(signs, dtype=torch.float64)) <= 1e-12
     assert vio == pytest.approx(max(want.tolist()) / mean - 1) and idle == want.tolist().count(0)
@@ -278,13 +343,17 @@ def loaded(experts, k, load, **kw):
     return moe
 
 
-@pytest.mark.parametrize("load",
-                         [[4, 4, 4], [0, 0, 12], [1, 5, 6], [3, 4, 5], [10**9, 1, 1], [10**9 + 1, 10**9, 10**9 - 1]])
+@pytest.mark.parametrize(
+    "load",
+    [[4, 4, 4], [0, 0, 12], [1, 5, 6], [3, 4, 5], [10**9, 1, 1], [10**9 + 1, 10**9, 10**9 - 1]],
+)
 def test_the_sign_rule_by_hand(load):
     moe, mean = loaded(3, 2, load, dtype=torch.float32), sum(load) / 3
-    update_bias(moe, .5), moe.load.copy_(torch.tensor(load))
-    (vio, idle), = update_bias(moe, .25)
-    assert bias_of(moe).tolist() == [0. if n == mean else .75 if n < mean else -.75 for n in load]
+    update_bias(moe, 0.5), moe.load.copy_(torch.tensor(load))
+    ((vio, idle),) = update_bias(moe, 0.25)
+    assert bias_of(moe).tolist() == [
+        0.0 if n == mean else 0.75 if n < mean else -0.75 for n in load
+    ]
     assert vio == pytest.approx(max(load) / mean - 1, abs=1e-6) and idle == load.count(0)
 
 
@@ -295,38 +364,42 @@ def test_nothing_routed_nothing_moved():
 
 
 def test_max_violation_of_a_handful_of_tokens():
-    """One token, 2 of 16 experts: the busiest holds 1 where the mean is 1/8, which is E/k - 1 = 7 above it."""
+    """One token, 2 of 16 experts: the busiest holds 1 where the mean is 1/8, which is E/k - 1 = 7
+    above it.
+    """
     moe = build(experts=16, k=2)
     moe(tokens(1, 1))
-    (vio, idle), = update_bias(moe)
+    ((vio, idle),) = update_bias(moe)
     assert idle == 14 and vio == pytest.approx(7)
 
 
 def test_update_bias_takes_every_layer_by_itself():
     two = torch.nn.Sequential(loaded(4, 2, [0, 2, 2, 4]), MLP(12, 4), loaded(2, 2, [3, 3]))
-    notes = update_bias(two, 1.)
+    notes = update_bias(two, 1.0)
     assert notes == [(1.0, 1), (0.0, 0)]
     assert bias_of(two[0]).tolist() == [1, 0, 0, -1] and bias_of(two[2]).tolist() == [0, 0]
 
 
 def test_the_bias_alone_evens_out_a_lopsided_router():
     moe = build(experts=16, k=4, dtype=torch.float32)
-    moe.gate.weight.data[:2, 0] += 3.
+    moe.gate.weight.data[:2, 0] += 3.0
     vio = []
     for step in range(60):
         u = tokens(8, 32, seed=step, dtype=torch.float32)
         u[..., 0] = 1
         moe(u)
         vio.append(update_bias(moe, 2e-2)[0][0])
-    assert vio[0] > 2 and sum(vio[-10:]) / 10 < .6, vio                      # the fixed step leaves some jitter
+    assert vio[0] > 2 and sum(vio[-10:]) / 10 < 0.6, vio  # the fixed step leaves some jitter
 
 
 def balance_oracle(score, k, pick_from=None):
-    """E/(k T^2) sum_e (sum_t s_te / sum_e' s_te') c_e per sequence, c_e from the top k of the scores as they are."""
+    """E/(k T^2) sum_e (sum_t s_te / sum_e' s_te') c_e per sequence, c_e from the top k of the
+    scores as they are.
+    """
     total = 0
     for b, seq in enumerate(score):
         T, E = seq.shape
-        share, count = [0.] * E, [0] * E
+        share, count = [0.0] * E, [0] * E
         for t in range(T):
             whole = sum(seq[t, e] for e in range(E))
             for e in range(E):
@@ -342,7 +415,9 @@ def balance_oracle(score, k, pick_from=None):
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(2, 9), st.data())
 def test_sequence_balance_is_its_formula(b, t, E, data):
     k, seed = data.draw(st.integers(1, E)), data.draw(st.integers(0, 99))
-    logits = 2 * torch.randn(b, t, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = 2 * torch.randn(
+        b, t, E, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     logits.requires_grad_()
     got, want = sequence_balance(logits.sigmoid(), k), balance_oracle(logits.sigmoid(), k)
     assert rms(got, want) <= 1e-12
@@ -351,34 +426,50 @@ def test_sequence_balance_is_its_formula(b, t, E, data):
 
 def test_sequence_balance_in_perfect_balance_and_at_its_worst():
     E, k = 8, 2
-    ring = torch.stack([torch.roll(torch.tensor([.9, .8] + [.1] * 6, dtype=torch.float64), i) for i in range(E)])[None]
-    assert sequence_balance(ring, k) == pytest.approx(1, abs=1e-12)          # everyone is first once and second once
-    assert sequence_balance(ring.expand(3, E, E), k) == pytest.approx(3, abs=1e-12)        # summed over sequences
-    one = torch.tensor([.9, .8] + [1e-9] * 6, dtype=torch.float64).expand(1, 8, 8)
+    ring = torch.stack(
+        [torch.roll(torch.tensor([0.9, 0.8] + [0.1] * 6, dtype=torch.float64), i) for i in range(E)]
+    )[None]
+    assert sequence_balance(ring, k) == pytest.approx(
+        1, abs=1e-12
+    )  # everyone is first once and second once
+    assert sequence_balance(ring.expand(3, E, E), k) == pytest.approx(
+        3, abs=1e-12
+    )  # summed over sequences
+    one = torch.tensor([0.9, 0.8] + [1e-9] * 6, dtype=torch.float64).expand(1, 8, 8)
     assert sequence_balance(one, k) == pytest.approx(E / k, rel=1e-6)
-    halves = torch.cat([ring[:, :1].expand(1, 4, E),
-                        ring[:, 4:5].expand(1, 4, E)])        # each sequence lopsided, their sum less
+    halves = torch.cat(
+        [ring[:, :1].expand(1, 4, E), ring[:, 4:5].expand(1, 4, E)]
+    )  # each sequence lopsided, their sum less
     assert sequence_balance(halves, k) > 2 * 1.4
 
 
 def test_the_layer_notes_the_balance_of_unbiased_scores():
     moe, u = build(experts=8, k=2, d=6), tokens(3, 5, d=6)
-    bias_of(moe).copy_(3 * torch.randn(8, dtype=torch.float64))              # overrules every score
+    bias_of(moe).copy_(3 * torch.randn(8, dtype=torch.float64))  # overrules every score
     moe(u)
     s = torch.sigmoid(u @ moe.gate.weight.T)
     assert rms(moe.balance, balance_oracle(s, 2)) <= 1e-12
     assert rms(moe.balance, balance_oracle(s, 2, pick_from=s + bias_of(moe))) > 1e-2
     names, tensors = zip(*moe.named_parameters())
     got = dict(zip(names, torch.autograd.grad(moe.balance, tensors, allow_unused=True)))
-    assert rms(got["gate.weight"], torch.autograd.grad(balance_oracle(s, 2), moe.gate.weight)[0]) <= 1e-9
-    assert all(g is None for n, g in got.items() if n != "gate.weight")      # no other tensor is touched
+    assert (
+        rms(got["gate.weight"], torch.autograd.grad(balance_oracle(s, 2), moe.gate.weight)[0])
+        <= 1e-9
+    )
+    assert all(
+        g is None for n, g in got.items() if n != "gate.weight"
+    )  # no other tensor is touched
 
 
 def test_balance_adds_up_over_calls_and_layers_and_is_taken_once():
     moe, other = build(experts=8, k=2), build(experts=8, k=3, seed=1)
     both, u, v = torch.nn.ModuleList([moe, other]), tokens(2, 5), tokens(1, 4, seed=1)
     moe(u), moe(v), other(v)
-    want = balance_oracle(moe.gate(u), 2) + balance_oracle(moe.gate(v), 2) + balance_oracle(other.gate(v), 3)
+    want = (
+        balance_oracle(moe.gate(u), 2)
+        + balance_oracle(moe.gate(v), 2)
+        + balance_oracle(other.gate(v), 3)
+    )
     assert rms(take_balance(both), want) <= 1e-12
     assert moe.balance is None and float(take_balance(both)) == 0
     moe.eval()(u)
@@ -389,9 +480,11 @@ def test_balance_adds_up_over_calls_and_layers_and_is_taken_once():
 
 
 def test_training_on_balance_alone_evens_out_a_lopsided_router():
-    """An auxiliary loss that never reached the router has happened elsewhere: flip the knob, something must move."""
+    """An auxiliary loss that never reached the router has happened elsewhere: flip the knob,
+    something must move.
+    """
     moe = build(experts=16, k=2, dtype=torch.float32)
-    moe.gate.weight.data[:2, 0] += 3.
+    moe.gate.weight.data[:2, 0] += 3.0
     notes = []
     for step in range(60):
         u = tokens(4, 64, seed=step, dtype=torch.float32)
@@ -401,7 +494,10 @@ def test_training_on_balance_alone_evens_out_a_lopsided_router():
         notes.append((float(loss.detach()), float(load.max() / load.mean() - 1)))
         moe.load.zero_()
         moe.gate.weight.data -= torch.autograd.grad(loss, moe.gate.weight)[0]
-    assert notes[-1][0] < 1.1 < notes[0][0] and notes[-1][1] < .5 * notes[0][1], (notes[0], notes[-1])
+    assert notes[-1][0] < 1.1 < notes[0][0] and notes[-1][1] < 0.5 * notes[0][1], (
+        notes[0],
+        notes[-1],
+    )
     assert not bias_of(moe).any()
 
 
@@ -411,7 +507,7 @@ def test_refusals():
     for k in (0, 9):
         with pytest.raises(ValueError, match=f"{k}.*8"):
             build(experts=8, k=k)
-    build(experts=8, k=1, norm_topk_prob=False)                              # its weight is the score: a gradient flows
+    build(experts=8, k=1, norm_topk_prob=False)  # its weight is the score: a gradient flows
     build(experts=8, k=8)
 
 
@@ -420,15 +516,23 @@ def test_mlp():
     m, x = MLP(5, 9).double(), torch.randn(2, 3, 5, dtype=torch.float64)
     a = x @ m.up_proj.weight.T
     assert rms(m(x), torch.where(a > 0, a * a, 0) @ m.down_proj.weight.T) <= 1e-12
-    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {"up_proj.weight": (9, 5),
-                                                                    "down_proj.weight": (5, 9)}
+    assert {n: tuple(p.shape) for n, p in m.named_parameters()} == {
+        "up_proj.weight": (9, 5),
+        "down_proj.weight": (5, 9),
+    }
 
 
 def test_parameter_names_and_shapes_are_the_released_ones():
     assert {n: tuple(p.shape) for n, p in build(experts=8, k=2).state_dict().items()} == {
-        "gate.weight": (8, 12), "gate.e_score_correction_bias": (8,), "fc1_latent_proj.weight": (4, 12),
-        "fc2_latent_proj.weight": (12, 4), "experts.up_proj": (8, 3, 4), "experts.down_proj": (8, 4, 3),
-        "shared_experts.up_proj.weight": (5, 12), "shared_experts.down_proj.weight": (12, 5)}
+        "gate.weight": (8, 12),
+        "gate.e_score_correction_bias": (8,),
+        "fc1_latent_proj.weight": (4, 12),
+        "fc2_latent_proj.weight": (12, 4),
+        "experts.up_proj": (8, 3, 4),
+        "experts.down_proj": (8, 4, 3),
+        "shared_experts.up_proj.weight": (5, 12),
+        "shared_experts.down_proj.weight": (12, 5),
+    }
     assert not {n for n in build(experts=8, k=2, latent=None).state_dict() if "latent" in n}
 
 
@@ -436,13 +540,16 @@ def test_super_shares_of_the_docstring():
     """40 such layers hold 95 % of all parameters."""
     with torch.device("meta"):
         one = LatentMoE(4096, 512, 22, 2688, 5376, 1024, 5.0)
-    assert math.floor(100 * 40 * sum(v.numel() for v in one.state_dict().values()) / 120_668_707_840) == 95
+    assert (
+        math.floor(100 * 40 * sum(v.numel() for v in one.state_dict().values()) / 120_668_707_840)
+        == 95
+    )
 
 
 def test_this_file_can_fail():
     moe, u = build(experts=64, k=8), tokens(2, 5)
-    bias_of(moe).copy_(.3 * torch.randn(64, dtype=torch.float64))
+    bias_of(moe).copy_(0.3 * torch.randn(64, dtype=torch.float64))
     for broken in (dict(weigh_with_bias=True), dict(scale_shared=True), dict(normalise=False)):
-        assert rms(oracle(moe, u, **broken), moe(u)) > .1, broken
-    wrong = moe.route(u)[0].roll(1, 0)                                       # the neighbour's experts
-    assert rms(oracle(moe, u, wrong), moe(u)) > .05
+        assert rms(oracle(moe, u, **broken), moe(u)) > 0.1, broken
+    wrong = moe.route(u)[0].roll(1, 0)  # the neighbour's experts
+    assert rms(oracle(moe, u, wrong), moe(u)) > 0.05

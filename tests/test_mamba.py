@@ -1,9 +1,12 @@
 """
-mamba.py says one thing three ways, and a fourth time with a cache; these tests are what makes that true.
+mamba.py says one thing three ways, and a fourth time with a cache; these tests are what makes that
+true.
 
-The oracles below are written from the equations (S_t = a_t S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t + D x_t), one token
-at a time, in fp64: there a disagreement means algebra, not rounding. 1e-10 leaves room for the order of summation.
+The oracles below are written from the equations (S_t = a_t S_{t-1} + dt_t x_t B_t^T, y_t = S_t C_t
++ D x_t), one token at a time, in fp64: there a disagreement means algebra, not rounding. 1e-10
+leaves room for the order of summation.
 """
+
 import math
 
 import pytest
@@ -19,26 +22,35 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 
 def oracle(x, dt, A, B, C, D=None, state=None, group=lambda i, h, g: i // (h // g)):
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
-    own = [group(i, h, g) for i in range(h)]                                 # the group each head reads
+    own = [group(i, h, g) for i in range(h)]  # the group each head reads
     S = torch.zeros(b, h, p, n, dtype=x.dtype) if state is None else state
     y = []
     for i in range(t):
         a = torch.exp(dt[:, i] * A)
-        S = a.view(b, h, 1, 1) * S + (dt[:, i].view(b, h, 1) * x[:, i]).view(b, h, p, 1) * B[:, i, own].view(b, h, 1, n)
+        S = a.view(b, h, 1, 1) * S + (dt[:, i].view(b, h, 1) * x[:, i]).view(b, h, p, 1) * B[
+            :, i, own
+        ].view(b, h, 1, n)
         y.append((S * C[:, i, own].view(b, h, 1, n)).sum(-1))
         if D is not None:
             y[-1] = y[-1] + D.view(1, h, 1) * x[:, i]
     return torch.stack(y, 1), S
 
 
-def inputs(t, g, h=8, p=3, n=5, b=2, seed=0, dt=(1e-3, 1.)):
+def inputs(t, g, h=8, p=3, n=5, b=2, seed=0, dt=(1e-3, 1.0)):
     """x, dt, A, B, C, D, state: dt log-uniform, A in (-16, -1)."""
     r = torch.Generator().manual_seed(seed)
     f = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64)
     u = lambda *s: torch.rand(*s, generator=r, dtype=torch.float64)
     low, high = map(math.log, dt)
-    return [f(b, t, h, p), (low + (high - low) * u(b, t, h)).exp(), -1 - 15 * u(h), f(b, t, g, n), f(b, t, g, n), f(h),
-            f(b, h, p, n)]
+    return [
+        f(b, t, h, p),
+        (low + (high - low) * u(b, t, h)).exp(),
+        -1 - 15 * u(h),
+        f(b, t, g, n),
+        f(b, t, g, n),
+        f(h),
+        f(b, h, p, n),
+    ]
 
 
 def with_grads(form, args, seed=1):
@@ -65,32 +77,48 @@ def test_the_oracle_itself_against_plain_numbers():
             assert all(abs(s[n] - S[0, h, p, n]) < 1e-12 for n in range(3))
 
 
-# T = 1, T < chunk, T = chunk, T not a multiple, many chunks; one group, some groups, a group per head
+# T = 1, T < chunk, T = chunk, T not a multiple, many chunks; one group, some groups, a group per
+# head
 @pytest.mark.parametrize("g", [1, 2, 4, 8])
 @pytest.mark.parametrize("t", [1, 7, 16, 61, 257])
 def test_three_forms_one_answer_and_one_gradient(t, g):
     full = inputs(t, g)
     for D in (False, True):
         for state in (False, True):
-            keep = [v for name, v in zip(NAMES, full) if (name != "D" or D) and (name != "state" or state)]
-            named = lambda form, **kw: lambda *a: form(*a[:5], D=a[5] if D else None, state=a[-1] if state else None,
-                                                       **kw)
+            keep = [
+                v
+                for name, v in zip(NAMES, full)
+                if (name != "D" or D) and (name != "state" or state)
+            ]
+            named = lambda form, **kw: (
+                lambda *a: form(*a[:5], D=a[5] if D else None, state=a[-1] if state else None, **kw)
+            )
             want = with_grads(named(oracle), keep)
             forms = {"recurrent": named(ssd_recurrent), "chunked": named(ssd_chunked, chunk=16)}
             for name, form in forms.items():
-                for what, got, ok in zip(("y", "S", *("grad " + n for n in NAMES)), with_grads(form, keep), want):
+                for what, got, ok in zip(
+                    ("y", "S", *("grad " + n for n in NAMES)), with_grads(form, keep), want
+                ):
                     assert rms(got, ok) <= 1e-10, (name, what, D, state)
-            if not state:                                                # the mask form returns no state: read y alone
+            if not state:  # the mask form returns no state: read y alone
                 only_y = lambda form: lambda *a: (form(*a), torch.zeros(1, dtype=torch.float64))
-                masked = with_grads(only_y(lambda *a: ssd_masked(*a[:5], D=a[5] if D else None)), keep)
+                masked = with_grads(
+                    only_y(lambda *a: ssd_masked(*a[:5], D=a[5] if D else None)), keep
+                )
                 ok = with_grads(only_y(lambda *a: named(oracle)(*a)[0]), keep)
-                assert all(rms(g1, g2) <= 1e-10 for g1, g2 in zip(masked, ok)), (D, [rms(*z) for z in zip(masked, ok)])
+                assert all(rms(g1, g2) <= 1e-10 for g1, g2 in zip(masked, ok)), (
+                    D,
+                    [rms(*z) for z in zip(masked, ok)],
+                )
 
 
-@pytest.mark.parametrize("form", [ssd_recurrent, lambda *a: ssd_chunked(*a, chunk=2), lambda *a: ssd_masked(*a[:6])],
-                         ids=["recurrent", "chunked", "masked"])
+@pytest.mark.parametrize(
+    "form",
+    [ssd_recurrent, lambda *a: ssd_chunked(*a, chunk=2), lambda *a: ssd_masked(*a[:6])],
+    ids=["recurrent", "chunked", "masked"],
+)
 def test_gradients_against_finite_differences(form):
-    args = [v.requires_grad_() for v in inputs(t=5, g=2, h=4, p=2, n=2, b=1, dt=(.05, .5))]
+    args = [v.requires_grad_() for v in inputs(t=5, g=2, h=4, p=2, n=2, b=1, dt=(0.05, 0.5))]
     assert torch.autograd.gradcheck(form, args)
 
 
@@ -116,25 +144,35 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("p,n,chunk", [(3, 5, 16), (64, 128, 128)])          # ragged vectors, and Super's own sizes
+@pytest.mark.parametrize(
+    "p,n,chunk", [(3, 5, 16), (64, 128, 128)]
+)  # ragged vectors, and Super's own sizes
 def test_the_future_does_not_leak(dtype, p, n, chunk):
     t, cut = 2 * chunk + 2, chunk + chunk // 2
     old = [v.to(dtype) for v in inputs(t, g=2, h=4, p=p, n=n, b=1)]
     new = [v.to(dtype) for v in inputs(t, g=2, h=4, p=p, n=n, b=1, seed=9)]
-    for i in (2, 5, 6):                                                      # A, D and the first state are no future
+    for i in (2, 5, 6):  # A, D and the first state are no future
         new[i] = old[i]
     for i in (0, 1, 3, 4):
         new[i][:, :cut] = old[i][:, :cut]
-    forms = [lambda *a: ssd_chunked(*a, chunk=chunk)[0], lambda *a: ssd_recurrent(*a)[0], lambda *a: ssd_masked(*a[:6])]
+    forms = [
+        lambda *a: ssd_chunked(*a, chunk=chunk)[0],
+        lambda *a: ssd_recurrent(*a)[0],
+        lambda *a: ssd_masked(*a[:6]),
+    ]
     for form in forms:
         y, z = form(*old), form(*new)
-        assert torch.equal(y[:, :cut], z[:, :cut]) and not torch.equal(y, z)           # bit for bit, no tolerance
+        assert torch.equal(y[:, :cut], z[:, :cut]) and not torch.equal(
+            y, z
+        )  # bit for bit, no tolerance
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 128])
 def test_extreme_decays(chunk):
-    """dt A from -50 to -1e-6, mixed token by token: exp underflows inside every chunk, and 1 - a is lost in others."""
-    args = inputs(t=300, g=2, h=4, p=8, n=8, dt=(1e-6, 50.))
+    """dt A from -50 to -1e-6, mixed token by token: exp underflows inside every chunk, and 1 - a is
+    lost in others.
+    """
+    args = inputs(t=300, g=2, h=4, p=8, n=8, dt=(1e-6, 50.0))
     args[2] = -torch.ones(4, dtype=torch.float64)
     want = with_grads(oracle, args)
     for got, ok in zip(with_grads(lambda *a: ssd_chunked(*a, chunk=chunk), args), want):
@@ -142,25 +180,32 @@ def test_extreme_decays(chunk):
     small = with_grads(lambda *a: ssd_chunked(*a, chunk=chunk), [v.float() for v in args])
     for name, got, ok in zip(("y", "S", *NAMES), small, want):
         assert got.isfinite().all(), name
-        assert rms(got, ok) <= 2e-4, name   # fp32 running sums reach -1e3 in 128 tokens: their last bit is 6e-5
+        assert rms(got, ok) <= 2e-4, (
+            name
+        )  # fp32 running sums reach -1e3 in 128 tokens: their last bit is 6e-5
 
 
-@pytest.mark.parametrize("log_a", [-50., -1e4, -1e-6, 0.])
+@pytest.mark.parametrize("log_a", [-50.0, -1e4, -1e-6, 0.0])
 def test_one_decay_everywhere(log_a):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         args = [v.to(dtype) for v in inputs(t=70, g=2)]
-        args[1], args[2] = torch.full_like(args[1], 2.), torch.full_like(args[2], log_a / 2)
+        args[1], args[2] = torch.full_like(args[1], 2.0), torch.full_like(args[2], log_a / 2)
         got = with_grads(lambda *a: ssd_chunked(*a, chunk=32), args)
-        for name, u, v in zip(("y", "S", *NAMES), got, with_grads(oracle, [v.double() for v in args])):
-            assert u.isfinite().all(), name                      # A's gradient is 1e-20 where a is: only noise is left
+        for name, u, v in zip(
+            ("y", "S", *NAMES), got, with_grads(oracle, [v.double() for v in args])
+        ):
+            assert u.isfinite().all(), name  # A's gradient is 1e-20 where a is: only noise is left
             assert rms(u, v) <= tolerance or (u.double() - v).norm() <= tolerance / 10, name
 
 
 def test_fp32_where_super_lives():
     """8 groups, p 64, n 128, fresh dt and A, four chunks of 128: what fp32 costs."""
     args = inputs(t=512, g=8, h=16, p=64, n=128, b=1, dt=(1e-3, 1e-1))
-    want = ssd_recurrent(*args)                                              # equals the oracle: see above
-    for name, form in (("recurrent", ssd_recurrent), ("chunked", lambda *a: ssd_chunked(*a, chunk=128))):
+    want = ssd_recurrent(*args)  # equals the oracle: see above
+    for name, form in (
+        ("recurrent", ssd_recurrent),
+        ("chunked", lambda *a: ssd_chunked(*a, chunk=128)),
+    ):
         error = [rms(got, ok) for got, ok in zip(form(*(v.float() for v in args)), want)]
         print(f"fp32 against fp64, {name}: y {error[0]:.1e}  S {error[1]:.1e}")
         assert max(error) <= 1e-5
@@ -173,14 +218,26 @@ def test_bf16_inputs_keep_the_state_in_fp32():
         y, S = form(*mixed)
         assert (y.dtype, S.dtype) == (torch.bfloat16, torch.float32)
         want = oracle(*(v.double() for v in mixed))
-        assert rms(y, want[0]) <= 1e-2 and rms(S, want[1]) <= 1e-2           # bf16 has 8 bits: half of one is 2e-3
+        assert (
+            rms(y, want[0]) <= 1e-2 and rms(S, want[1]) <= 1e-2
+        )  # bf16 has 8 bits: half of one is 2e-3
 
 
 def test_a_carried_state_is_never_rounded_to_bf16():
-    """Nothing is written (x = 0), so what comes out is what went in, faded: to fp32's last bits, whatever x's type."""
+    """Nothing is written (x = 0), so what comes out is what went in, faded: to fp32's last bits,
+    whatever x's type.
+    """
     x, dt, A, B, C, D, state = inputs(t=40, g=2)
     for form in (ssd_recurrent, lambda *a: ssd_chunked(*a, chunk=16)):
-        _, S = form(0 * x.bfloat16(), dt.float(), A.float(), B.bfloat16(), C.bfloat16(), D.float(), state.float())
+        _, S = form(
+            0 * x.bfloat16(),
+            dt.float(),
+            A.float(),
+            B.bfloat16(),
+            C.bfloat16(),
+            D.float(),
+            state.float(),
+        )
         assert rms(S, (dt.sum(1) * A).exp()[..., None, None] * state) <= 1e-5
 
 
@@ -191,12 +248,20 @@ def test_a_carried_state_is_never_rounded_to_bf16():
 def test_causal_conv_is_a_loop(k, t, bias, carried):
     r = torch.Generator().manual_seed(k)
     f = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64)
-    x, w, c, window = f(2, t, 5), f(5, 1, k), f(5) if bias else None, f(2, k - 1, 5) if carried else None
+    x, w, c, window = (
+        f(2, t, 5),
+        f(5, 1, k),
+        f(5) if bias else None,
+        f(2, k - 1, 5) if carried else None,
+    )
     y, seen = causal_conv(x, w, c, window)
-    assert torch.equal(seen, torch.cat([torch.zeros(2, k - 1, 5, dtype=x.dtype) if window is None else window, x], 1))
+    assert torch.equal(
+        seen,
+        torch.cat([torch.zeros(2, k - 1, 5, dtype=x.dtype) if window is None else window, x], 1),
+    )
     for i in range(t):
         v = torch.zeros(2, 5, dtype=x.dtype) if c is None else c.expand(2, 5)
-        for j in range(k):                                                   # tap k-1 meets the token itself
+        for j in range(k):  # tap k-1 meets the token itself
             past = i - (k - 1) + j
             if past >= 0:
                 v = v + w[:, 0, j] * x[:, past]
@@ -209,8 +274,12 @@ def test_causal_conv_is_a_loop(k, t, bias, carried):
 def test_causal_conv_gradients(t):
     r = torch.Generator().manual_seed(t)
     f = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: causal_conv(*a)[0], (f(2, t, 3), f(3, 1, 4), f(3), f(2, 3, 3)))
-    assert torch.autograd.gradcheck(lambda x, w: causal_conv(x, w, None)[0], (f(2, t, 3), f(3, 1, 2)))
+    assert torch.autograd.gradcheck(
+        lambda *a: causal_conv(*a)[0], (f(2, t, 3), f(3, 1, 4), f(3), f(2, 3, 3))
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w: causal_conv(x, w, None)[0], (f(2, t, 3), f(3, 1, 2))
+    )
 
 
 def gated_norm(y, z, weight, groups, eps, gate_first=True):
@@ -221,7 +290,9 @@ def gated_norm(y, z, weight, groups, eps, gate_first=True):
         for t in range(y.shape[1]):
             for g in range(groups):
                 s = slice(g * size, (g + 1) * size)
-                out[row, t, s] = v[row, t, s] / ((v[row, t, s] ** 2).mean() + eps).sqrt() * weight[s]
+                out[row, t, s] = (
+                    v[row, t, s] / ((v[row, t, s] ** 2).mean() + eps).sqrt() * weight[s]
+                )
     return out if gate_first else out * gate
 
 
@@ -229,14 +300,14 @@ def test_gated_norm():
     r = torch.Generator().manual_seed(0)
     f = lambda *s: torch.randn(*s, generator=r, dtype=torch.float64)
     y, z, weight = f(2, 5, 12) * f(12).exp(), f(2, 5, 12), f(12)
-    for groups, eps in ((1, 1e-5), (3, 1e-5), (3, .5), (12, 1e-5)):
+    for groups, eps in ((1, 1e-5), (3, 1e-5), (3, 0.5), (12, 1e-5)):
         norm = GatedNorm(12, groups, eps).double()
         norm.weight.data.copy_(weight)
         assert rms(norm(y, z), gated_norm(y, z, weight, groups, eps)) <= 1e-12
     norm = GatedNorm(12, 3).double()
     norm.weight.data.copy_(weight)
-    assert rms(norm(y, z), gated_norm(y, z, weight, 3, 1e-5, gate_first=False)) > .1
-    assert rms(norm(y, z), gated_norm(y, z, weight, 1, 1e-5)) > .1
+    assert rms(norm(y, z), gated_norm(y, z, weight, 3, 1e-5, gate_first=False)) > 0.1
+    assert rms(norm(y, z), gated_norm(y, z, weight, 1, 1e-5)) > 0.1
     assert norm.float()(y.bfloat16(), z.bfloat16()).dtype == torch.bfloat16
 
 
@@ -251,30 +322,44 @@ def test_gated_norm_takes_its_statistics_in_fp32():
 def mixer(d=7, heads=6, head_dim=4, groups=3, state=5, chunk=4, seed=0, dtype=torch.float64, **kw):
     torch.manual_seed(seed)
     m = Mamba2(d, heads, head_dim, groups, state, chunk=chunk, **kw).to(dtype)
-    for p in m.parameters():                                                 # nothing left at a neutral value
-        p.data += .3 * torch.randn_like(p)
-    m.dt_bias.data += 4                                                  # or D x would drown the recurrence in 9 tokens
+    for p in m.parameters():  # nothing left at a neutral value
+        p.data += 0.3 * torch.randn_like(p)
+    m.dt_bias.data += 4  # or D x would drown the recurrence in 9 tokens
     return m
 
 
-def mixer_oracle(m, u, heads=6, head_dim=4, groups=3, state=5, order="zxBCd", group=lambda i, h, g: i // (h // g), k=4):
+def mixer_oracle(
+    m,
+    u,
+    heads=6,
+    head_dim=4,
+    groups=3,
+    state=5,
+    order="zxBCd",
+    group=lambda i, h, g: i // (h // g),
+    k=4,
+):
     """The mixer from its tensors alone, row by row and head by head."""
     w = dict(m.named_parameters())
     size = dict(z=heads * head_dim, x=heads * head_dim, B=groups * state, C=groups * state, d=heads)
     rows = dict(zip(order, w["in_proj.weight"].split([size[c] for c in order])))
     assert len(w["in_proj.weight"]) == sum(size.values())
     out = []
-    for row in u:                                                            # (t, d)
+    for row in u:  # (t, d)
         part = {name: row @ matrix.T for name, matrix in rows.items()}
         raw = torch.cat([part["x"], part["B"], part["C"]], -1)
         raw = torch.cat([torch.zeros(k - 1, raw.shape[1], dtype=raw.dtype), raw])
-        v = sum(raw[j:j + len(row)] * w["conv1d.weight"][:, 0, j] for j in range(k)) + w.get("conv1d.bias", 0)
+        v = sum(raw[j : j + len(row)] * w["conv1d.weight"][:, 0, j] for j in range(k)) + w.get(
+            "conv1d.bias", 0
+        )
         v = v * torch.sigmoid(v)
         e, gn = size["x"], size["B"]
-        x, B, C = v[:, :e], v[:, e:e + gn], v[:, e + gn:]
+        x, B, C = v[:, :e], v[:, e : e + gn], v[:, e + gn :]
         x, B, C = x.view(-1, heads, head_dim), B.view(-1, groups, state), C.view(-1, groups, state)
         dt = torch.log1p(torch.exp(part["d"] + w["dt_bias"]))
-        y, _ = oracle(x[None], dt[None], -torch.exp(w["A_log"]), B[None], C[None], w["D"], group=group)
+        y, _ = oracle(
+            x[None], dt[None], -torch.exp(w["A_log"]), B[None], C[None], w["D"], group=group
+        )
         normed = gated_norm(y.flatten(2), part["z"][None], w["norm.weight"], groups, 1e-5)[0]
         out.append(normed @ w["out_proj.weight"].T)
     return torch.stack(out)
@@ -283,11 +368,18 @@ def mixer_oracle(m, u, heads=6, head_dim=4, groups=3, state=5, order="zxBCd", gr
 @pytest.mark.parametrize("t", [1, 2, 4, 5, 11])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_mixer_is_its_equations(t, bias):
-    m, u = mixer(conv_bias=bias), torch.randn(2, t, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+    m, u = (
+        mixer(conv_bias=bias),
+        torch.randn(2, t, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(t)),
+    )
     got, want = m(u), mixer_oracle(m, u)
     assert rms(got, want) <= 1e-10
     names, tensors = zip(*m.named_parameters())
-    pairs = zip(names, torch.autograd.grad((got ** 2).sum(), tensors), torch.autograd.grad((want ** 2).sum(), tensors))
+    pairs = zip(
+        names,
+        torch.autograd.grad((got**2).sum(), tensors),
+        torch.autograd.grad((want**2).sum(), tensors),
+    )
     for name, g, w in pairs:
         assert rms(g, w) <= 1e-9, name
 
@@ -295,14 +387,21 @@ def test_the_mixer_is_its_equations(t, bias):
 def test_parameter_names_and_shapes_are_the_released_ones():
     m = Mamba2(7, 6, 4, 3, 5)
     assert {n: tuple(p.shape) for n, p in m.state_dict().items()} == {
-        "in_proj.weight": (24 + 24 + 15 + 15 + 6, 7), "conv1d.weight": (54, 1, 4), "conv1d.bias": (54,), "A_log": (6,),
-        "D": (6,), "dt_bias": (6,), "norm.weight": (24,), "out_proj.weight": (7, 24)}
+        "in_proj.weight": (24 + 24 + 15 + 15 + 6, 7),
+        "conv1d.weight": (54, 1, 4),
+        "conv1d.bias": (54,),
+        "A_log": (6,),
+        "D": (6,),
+        "dt_bias": (6,),
+        "norm.weight": (24,),
+        "out_proj.weight": (7, 24),
+    }
 
 
 def test_a_fresh_mixer_is_in_the_regime_it_claims():
     m = Mamba2(7, 6, 4, 3, 5)
     dt, A = torch.nn.functional.softplus(m.dt_bias), m.A_log.exp()
-    assert .00099 < dt.min() < dt.max() < .101 and .99 < A.min() < A.max() < 16.01
+    assert 0.00099 < dt.min() < dt.max() < 0.101 and 0.99 < A.min() < A.max() < 16.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -310,7 +409,7 @@ def test_the_future_does_not_leak_through_the_mixer(dtype):
     m = mixer(chunk=8, dtype=dtype)
     u = torch.randn(2, 30, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     v = u.clone()
-    v[:, 13:] = 9.
+    v[:, 13:] = 9.0
     assert torch.equal(m(u)[:, :13], m(v)[:, :13]) and not torch.equal(m(u), m(v))
 
 
@@ -322,18 +421,25 @@ def states_equal(a, b, tolerance=1e-10):
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 99))
 def test_any_partition_gives_the_whole(pieces, chunk, seed):
     m = mixer(chunk=chunk, seed=seed)
-    u = torch.randn(2, sum(pieces), 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    u = torch.randn(
+        2, sum(pieces), 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     whole, cache = State(), State()
     want = m(u, whole)
-    assert rms(want, m(u)) <= 1e-12                                          # noting the state changes nothing
+    assert rms(want, m(u)) <= 1e-12  # noting the state changes nothing
     got = torch.cat([m(piece, cache) for piece in u.split(pieces, 1)], 1)
     assert rms(got, want) <= 1e-10 and states_equal(cache, whole)
 
 
 @settings(max_examples=40)
-@given(st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(0, 99))
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.integers(0, 99),
+)
 def test_padded_rows_are_what_each_row_is_alone(rounds, seed):
-    """Three rows read unequal amounts, right-padded with large nonsense, several times, down to nothing at all."""
+    """Three rows read unequal amounts, right-padded with large nonsense, several times, down to
+    nothing at all.
+    """
     m, cache = mixer(seed=seed), State()
     alone, r = [State() for _ in range(3)], torch.Generator().manual_seed(seed)
     for counts in rounds:
@@ -344,13 +450,13 @@ def test_padded_rows_are_what_each_row_is_alone(rounds, seed):
         y = m(u, cache, torch.tensor(counts))
         for row, n in enumerate(counts):
             if n:
-                assert rms(y[row:row + 1, :n], m(u[row:row + 1, :n], alone[row])) <= 1e-10
+                assert rms(y[row : row + 1, :n], m(u[row : row + 1, :n], alone[row])) <= 1e-10
     for row in range(3):
-        if alone[row].S is None:                                     # count 0 all along: as if nothing had been read
+        if alone[row].S is None:  # count 0 all along: as if nothing had been read
             assert not cache.S[row].any() and not cache.conv[row].any()
         else:
-            assert rms(cache.S[row:row + 1], alone[row].S) <= 1e-10
-            assert rms(cache.conv[row:row + 1], alone[row].conv) <= 1e-10
+            assert rms(cache.S[row : row + 1], alone[row].S) <= 1e-10
+            assert rms(cache.conv[row : row + 1], alone[row].conv) <= 1e-10
 
 
 def test_count_without_cache_changes_no_real_token():
@@ -383,7 +489,11 @@ def test_super_state_is_four_mebibytes_a_sequence():
     m, cache = Mamba2(8, heads=128, head_dim=64, groups=8, state=128), State()
     with torch.no_grad():
         m(torch.randn(1, 3, 8), cache)
-    assert cache.S.numel() * cache.S.element_size() == 4_194_304 and cache.conv.shape == (1, 3, 10_240)
+    assert cache.S.numel() * cache.S.element_size() == 4_194_304 and cache.conv.shape == (
+        1,
+        3,
+        10_240,
+    )
 
 
 def test_a_step_does_not_write_into_the_old_state():
@@ -399,7 +509,9 @@ def test_a_step_does_not_write_into_the_old_state():
 
 @pytest.mark.parametrize("cast", ["autocast", "parameters"])
 def test_bf16(cast):
-    """Under autocast, or with bf16 parameters, S stays fp32, prefilled or stepped, and nothing drifts."""
+    """Under autocast, or with bf16 parameters, S stays fp32, prefilled or stepped, and nothing
+    drifts.
+    """
     m = mixer(d=32, heads=8, head_dim=16, groups=2, state=16, chunk=16, dtype=torch.float32)
     u, cache, exact = torch.randn(2, 60, 32), State(), State()
     with torch.no_grad():
@@ -414,7 +526,9 @@ def test_bf16(cast):
             for i, piece in enumerate(u.split([40, *[1] * 20], 1)):
                 y = m(piece, cache)
                 assert y.dtype == torch.bfloat16 and cache.S.dtype == torch.float32
-                assert rms(y, full[:, :40] if i == 0 else full[:, 39 + i:40 + i]) <= 4e-2    # several bf16 matmuls deep
+                assert (
+                    rms(y, full[:, :40] if i == 0 else full[:, 39 + i : 40 + i]) <= 4e-2
+                )  # several bf16 matmuls deep
     assert rms(cache.S, exact.S) <= 2e-2
 
 
@@ -435,11 +549,11 @@ def test_this_file_can_fail():
     args = inputs(t=61, g=4)
     x, dt, A, B, C, D, state = args
     want, S = oracle(*args)
-    late = oracle(x, dt.roll(1, 1), A, B, C, D, state)                       # decay one token late
-    other = oracle(*args, group=lambda i, h, g: i % g)                       # heads dealt out like cards
-    forgot = oracle(x, dt, A, B, C, D)                                       # the state that came in
+    late = oracle(x, dt.roll(1, 1), A, B, C, D, state)  # decay one token late
+    other = oracle(*args, group=lambda i, h, g: i % g)  # heads dealt out like cards
+    forgot = oracle(x, dt, A, B, C, D)  # the state that came in
     for broken, _ in (late, other, forgot):
-        assert rms(broken, want) > .05
+        assert rms(broken, want) > 0.05
     m, u = mixer(), torch.randn(1, 9, 7, dtype=torch.float64)
     for broken in (dict(order="xzBCd"), dict(order="zxCBd"), dict(group=lambda i, h, g: i % g)):
-        assert rms(mixer_oracle(m, u, **broken), m(u)) > .05
+        assert rms(mixer_oracle(m, u, **broken), m(u)) > 0.05

@@ -1,9 +1,12 @@
 """
-nvfp4.py against what NVIDIA's own code computes (tests/golden/nvfp4.safetensors: TransformerEngine's reference
-quantiser, Model Optimizer 0.47, on a CPU), against E2M1's table, and against the product it stands for.
+nvfp4.py against what NVIDIA's own code computes (tests/golden/nvfp4.safetensors:
+TransformerEngine's reference quantiser, Model Optimizer 0.47, on a CPU), against E2M1's table, and
+against the product it stands for.
 
-Bits are compared where bits are defined: codes, scales, amax, decoded numbers, the Hadamard product, every random byte.
+Bits are compared where bits are defined: codes, scales, amax, decoded numbers, the Hadamard
+product, every random byte.
 """
+
 import math
 import re
 
@@ -56,18 +59,27 @@ def test_the_rotation_is_transformer_engines(name):
     turned = hadamard(x.T.contiguous())
     assert same(turned, G[f"{name}/rht.xT"]) and same(hadamard(x, 0).T, turned)
     q = quantize(turned)
-    assert same(q.codes, G[f"{name}/rht.qT"]) and same(q.scales, G[f"{name}/rht.sT"]) and same(q.amax, G[f"{name}/rht.amax"])
+    assert (
+        same(q.codes, G[f"{name}/rht.qT"])
+        and same(q.scales, G[f"{name}/rht.sT"])
+        and same(q.amax, G[f"{name}/rht.amax"])
+    )
 
 
 def test_the_rotation_is_orthogonal_and_has_the_published_matrix():
     eye = hadamard(torch.eye(16))
-    assert same(eye.bfloat16(), G["tables/rht_matrix_bf16"]) and nvfp4.SIGNS == G["tables/rht_sign"].tolist()
+    assert (
+        same(eye.bfloat16(), G["tables/rht_matrix_bf16"])
+        and nvfp4.SIGNS == G["tables/rht_sign"].tolist()
+    )
     a, b = R(8, 64).double(), R(8, 64, seed=1).double()
     assert rms(hadamard(a) @ hadamard(b).T, a @ b.T) < 1e-14
 
 
 def test_every_random_byte_rounds_as_transformer_engine():
-    """256 bytes for 126 numbers. `code` was made with one fma; ours rounds the same sum once, by another road."""
+    """256 bytes for 126 numbers. `code` was made with one fma; ours rounds the same sum once, by
+    another road.
+    """
     x, want = G["sr/x"], G["sr/code"]
     noise = torch.arange(256, dtype=torch.uint8).expand(len(x), 256)
     y = x[:, None].expand(-1, 256)
@@ -80,7 +92,7 @@ def test_nearest_is_the_table():
     """Every midpoint goes to the even code, its neighbours in fp32 to their own side."""
     middle = (E2M1[1:] + E2M1[:-1]) / 2
     for i, m in enumerate(middle):
-        below, above = (torch.nextafter(m, torch.tensor(v)) for v in (0., 9.))
+        below, above = (torch.nextafter(m, torch.tensor(v)) for v in (0.0, 9.0))
         got = nvfp4.to_grid(torch.stack([below, m, above, -m]))
         even = E2M1[i + i % 2]
         assert got.tolist() == [E2M1[i], even, E2M1[i + 1], -even]
@@ -91,39 +103,62 @@ def test_nearest_is_the_table():
 
 
 def by_hand(x, amax):
-    """One block of 16, element by element, in Python's doubles rounded to fp32 where the rule rounds."""
+    """One block of 16, element by element, in Python's doubles rounded to fp32 where the rule
+    rounds.
+    """
     import struct
+
     fl = lambda v: struct.unpack("f", struct.pack("f", v))[0]
     S = fl(2688 / amax) if amax else 1.0
-    s = float(torch.tensor(min(fl(max(map(abs, x)) * fl(S * fl(1 / 6))), 448)).to(torch.float8_e4m3fn))
+    s = float(
+        torch.tensor(min(fl(max(map(abs, x)) * fl(S * fl(1 / 6))), 448)).to(torch.float8_e4m3fn)
+    )
     e = fl(1 / fl(s * fl(1 / S))) if s else nvfp4.BIG
-    tests = (.25, False), (.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5, False)
-    return s, [sum(abs(v) * e > m or (even and fl(abs(v) * e) == m) for m, even in tests) + 8 * (v < 0) for v in x]
+    tests = (
+        (0.25, False),
+        (0.75, True),
+        (1.25, False),
+        (1.75, True),
+        (2.5, False),
+        (3.5, True),
+        (5, False),
+    )
+    return s, [
+        sum(abs(v) * e > m or (even and fl(abs(v) * e) == m) for m, even in tests) + 8 * (v < 0)
+        for v in x
+    ]
 
 
-@given(st.integers(0, 10 ** 6), st.integers(-20, 20))
+@given(st.integers(0, 10**6), st.integers(-20, 20))
 def test_the_definition_block_by_block(seed, exponent):
-    x = R(3, 32, seed=seed) * 2.0 ** exponent
+    x = R(3, 32, seed=seed) * 2.0**exponent
     x[1, :16] = 0
     q = quantize(x)
     codes = torch.stack([q.codes & 15, q.codes >> 4], -1).flatten(1)
     for i in range(3):
         for j in range(2):
-            s, want = by_hand(x[i, 16 * j:16 * j + 16].tolist(), float(q.amax))
-            assert float(q.scales[i, j]) == s and codes[i, 16 * j:16 * j + 16].tolist() == want
+            s, want = by_hand(x[i, 16 * j : 16 * j + 16].tolist(), float(q.amax))
+            assert float(q.scales[i, j]) == s and codes[i, 16 * j : 16 * j + 16].tolist() == want
 
 
 def test_zeros_infinity_and_what_is_refused():
     for x in (torch.zeros(16, 32), torch.zeros(16, 32).bfloat16()):
         q = quantize(x)
-        assert not q.codes.any() and not q.scales.view(torch.uint8).any() and torch.equal(dequantize(q), torch.zeros(16, 32))
+        assert (
+            not q.codes.any()
+            and not q.scales.view(torch.uint8).any()
+            and torch.equal(dequantize(q), torch.zeros(16, 32))
+        )
         w, s, two = export_weight(x)
         assert not w.any() and s.float().isfinite().all() and two == 0
     x = torch.ones(1, 16)
     x[0, 0], x[0, 1] = math.inf, -math.inf
     assert quantize(x).codes[0, 0] == 7 | 15 << 4
-    for bad, why in ((torch.ones(4, 17), "does not divide"), (torch.ones(2, 2, 16), "does not divide"),
-                     (torch.full((1, 16), math.nan), "16 of 16 elements are NaN")):
+    for bad, why in (
+        (torch.ones(4, 17), "does not divide"),
+        (torch.ones(2, 2, 16), "does not divide"),
+        (torch.full((1, 16), math.nan), "16 of 16 elements are NaN"),
+    ):
         with pytest.raises(ValueError, match=why):
             quantize(bad)
     with pytest.raises(ValueError, match="does not divide"):
@@ -139,10 +174,16 @@ def test_zeros_infinity_and_what_is_refused():
 @pytest.mark.parametrize("name", [n for n in INPUTS if not n.startswith("zeros")])
 def test_export_is_model_optimizers(name):
     q, s, two = export_weight(G[f"{name}/x"])
-    assert same(q, G[f"{name}/mo.q"]) and same(s, G[f"{name}/mo.s"]) and same(two, G[f"{name}/mo.s2"])
+    assert (
+        same(q, G[f"{name}/mo.q"]) and same(s, G[f"{name}/mo.s"]) and same(two, G[f"{name}/mo.s2"])
+    )
     if f"{name}/mse.q" in G:
         q, s, two = export_weight(G[f"{name}/x"], "mse")
-        assert same(q, G[f"{name}/mse.q"]) and same(s, G[f"{name}/mse.s"]) and same(two, G[f"{name}/mse.s2"])
+        assert (
+            same(q, G[f"{name}/mse.q"])
+            and same(s, G[f"{name}/mse.s"])
+            and same(two, G[f"{name}/mse.s2"])
+        )
 
 
 def test_fp8_export_keeps_the_bf16_step():
@@ -156,15 +197,21 @@ def test_swizzle_is_the_published_formula():
     flat = nvfp4.swizzle(s.view(torch.float8_e4m3fn)).view(torch.uint8)
     r, c = torch.meshgrid(torch.arange(200), torch.arange(10), indexing="ij")
     at = ((r // 128 * 3 + c // 4) * 32 + r % 32) * 16 + r % 128 // 32 * 4 + c % 4
-    assert flat.shape == (256 * 12,) and torch.equal(flat[at], s) and int(flat.int().sum()) == int(s.int().sum())
+    assert (
+        flat.shape == (256 * 12,)
+        and torch.equal(flat[at], s)
+        and int(flat.int().sum()) == int(s.int().sum())
+    )
 
 
 def test_the_three_products_are_transformer_engines():
     g = {k: G[f"gemm/{k}"] for k in ("x", "w", "dy", "y", "dx", "dw")}
     x, w = g["x"].float().requires_grad_(), g["w"].float().requires_grad_()
-    class Bf16(Operands):                                                    # the vectors are bf16, and so is their rotation
+
+    class Bf16(Operands):  # the vectors are bf16, and so is their rotation
         def operand(self, name, x, *rest):
             return super().operand(name, x.bfloat16(), *rest)
+
     y = matmul(x, w[None], None, Bf16(Recipe(sr=False)))
     y.backward(g["dy"].float())
     for got, want in ((y, g["y"]), (x.grad, g["dx"]), (w.grad, g["dw"])):
@@ -172,13 +219,21 @@ def test_the_three_products_are_transformer_engines():
 
 
 def test_stochastic_rounding_has_the_right_mean():
-    """10,000 draws each: within 4 standard errors of x minus the known bias, at most 1/256 of a step; never all zeros."""
+    """10,000 draws each: within 4 standard errors of x minus the known bias, at most 1/256 of a
+    step; never all zeros.
+    """
     x, n = torch.linspace(-6, 6, 97), 10_000
     torch.manual_seed(0)
-    draws = nvfp4.to_grid(x[:, None].expand(-1, n).contiguous(), nvfp4.random_bytes(torch.empty(97, n)).view(97, n))
+    draws = nvfp4.to_grid(
+        x[:, None].expand(-1, n).contiguous(), nvfp4.random_bytes(torch.empty(97, n)).view(97, n)
+    )
     step = nvfp4.binade(x.clone().clamp(-6, 6)) / 2
-    want = x.sign() * (torch.floor(x.abs() / step) + torch.floor(256 * (x.abs() / step % 1)) / 256) * step
-    error = draws.std(1) / n ** .5
+    want = (
+        x.sign()
+        * (torch.floor(x.abs() / step) + torch.floor(256 * (x.abs() / step % 1)) / 256)
+        * step
+    )
+    error = draws.std(1) / n**0.5
     assert ((draws.mean(1) - want).abs() <= 4 * error + 1e-6).all()
     assert ((want - x).abs() < step / 256 + 1e-6).all()
     assert draws.any(1)[x != 0].all()
@@ -194,22 +249,33 @@ def product(x, w, recipe=Recipe(), count=None, seed=0):
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-2d", "nvfp4-rht", "nvfp4-sr", "mxfp4", "mxfp8"])
 def test_each_product_is_near_the_exact_one(recipe):
-    """Two operands of four bits: errors add in quadrature, 9.5 % sqrt(2) on normals; stochastic ones are larger."""
+    """Two operands of four bits: errors add in quadrature, 9.5 % sqrt(2) on normals; stochastic
+    ones are larger.
+    """
     x, w, dy = R(100, 72), R(1, 40, 72, seed=1), R(100, 40, seed=9)
     y, dx, dw = product(x, w, Recipe.read(recipe))
-    limit = .06 if recipe == "mxfp8" else .21
+    limit = 0.06 if recipe == "mxfp8" else 0.21
     for got, want in ((y, x @ w[0].T), (dx, dy @ w[0]), (dw[0], dy.T @ x)):
-        assert (.01 if recipe == "mxfp8" else .1) < rms(got, want) < limit
+        assert (0.01 if recipe == "mxfp8" else 0.1) < rms(got, want) < limit
 
 
 def test_every_ingredient_does_something():
     x, w = R(64, 64) * R(64, 1, seed=2).exp(), R(1, 32, 64, seed=1) * R(1, 32, 1, seed=3).exp()
     full = product(x, w)
-    changes = {"nvfp4-2d": (0, 1), "nvfp4-rht": (2,), "nvfp4-sr": (1, 2), "mxfp4": (0, 1, 2), "mxfp8": (0, 1, 2)}
+    changes = {
+        "nvfp4-2d": (0, 1),
+        "nvfp4-rht": (2,),
+        "nvfp4-sr": (1, 2),
+        "mxfp4": (0, 1, 2),
+        "mxfp8": (0, 1, 2),
+    }
     for text, products in changes.items():
         other = product(x, w, Recipe.read(text))
-        assert tuple(i for i in range(3) if not torch.equal(full[i], other[i])) == products or text == "nvfp4-rht", text
-    for other in ("nvfp4-rht",):                                             # fprop does not know of rht; dgrad neither
+        assert (
+            tuple(i for i in range(3) if not torch.equal(full[i], other[i])) == products
+            or text == "nvfp4-rht"
+        ), text
+    for other in ("nvfp4-rht",):  # fprop does not know of rht; dgrad neither
         assert torch.equal(product(x, w, Recipe.read(other))[0], full[0])
     with pytest.raises(ValueError, match="there is no 'warp'"):
         Recipe.read("nvfp4-warp")
@@ -224,8 +290,10 @@ def test_tiles_transpose_exactly():
 
 @pytest.mark.parametrize("recipe", ["nvfp4-sr", "nvfp4-2d-rht-sr", "mxfp4-sr"])
 def test_stacked_experts_are_separate_linears(recipe):
-    """Every expert as if it were alone, amax and blocks of tokens included; also without a token, and with all."""
-    w, r = R(5, 40, 24, seed=1) * torch.arange(1., 6)[:, None, None], Recipe.read(recipe)
+    """Every expert as if it were alone, amax and blocks of tokens included; also without a token,
+    and with all.
+    """
+    w, r = R(5, 40, 24, seed=1) * torch.arange(1.0, 6)[:, None, None], Recipe.read(recipe)
     for count in ([7, 0, 33, 1, 16], [0, 57, 0, 0, 0]):
         x = R(57, 24)
         y, dx, dw = product(x, w, r, torch.tensor(count))
@@ -236,7 +304,7 @@ def test_stacked_experts_are_separate_linears(recipe):
             if not n:
                 assert not dw[e].any()
                 continue
-            a, b = x[part].clone().requires_grad_(), w[e:e + 1].clone().requires_grad_()
+            a, b = x[part].clone().requires_grad_(), w[e : e + 1].clone().requires_grad_()
             one = matmul(a, b, None, Operands(r))
             one.backward(dy[part])
             for got, want in ((y[part], one), (dx[part], a.grad), (dw[e], b.grad[0])):
@@ -244,29 +312,39 @@ def test_stacked_experts_are_separate_linears(recipe):
 
 
 def test_mx_formats_are_ocps():
-    """Blocks of 32 share a power of two: floor for four bits, so 6/4 of the largest may saturate; ceil for eight."""
+    """Blocks of 32 share a power of two: floor for four bits, so 6/4 of the largest may saturate;
+    ceil for eight.
+    """
     x = R(16, 64) * 100
-    for element, top, scale in (("mxfp4", 6, lambda a: 2. ** (math.floor(math.log2(a)) - 2)),
-                                ("mxfp8", 448, lambda a: 2. ** math.ceil(math.log2(a / 448)))):
+    for element, top, scale in (
+        ("mxfp4", 6, lambda a: 2.0 ** (math.floor(math.log2(a)) - 2)),
+        ("mxfp8", 448, lambda a: 2.0 ** math.ceil(math.log2(a / 448))),
+    ):
         got = nvfp4.mx(x, (1, 32), element).view(16, 64)
         for i in range(16):
             for j in (0, 32):
-                block = x[i, j:j + 32]
+                block = x[i, j : j + 32]
                 s = scale(float(block.abs().max()))
                 if element == "mxfp4":
                     want = nvfp4.to_grid(block / s) * s
                 else:
                     want = (block / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s
-                assert torch.equal(got[i, j:j + 32], want)
+                assert torch.equal(got[i, j : j + 32], want)
         assert got.abs().max() <= top * scale(float(x.abs().max()))
-    assert not nvfp4.mx(torch.zeros(1, 32), (1, 32), "mxfp4").any() and not nvfp4.mx(torch.zeros(1, 32), (1, 32), "mxfp8").any()
+    assert (
+        not nvfp4.mx(torch.zeros(1, 32), (1, 32), "mxfp4").any()
+        and not nvfp4.mx(torch.zeros(1, 32), (1, 32), "mxfp8").any()
+    )
 
 
 def test_the_reference_windows():
     """The relative errors of N(0, 1), 1024 x 1024, that every right implementation has."""
     x = R(1024, 1024)
-    for got, low, high in ((dequantize(quantize(x)), .0949, .0954), (dequantize(quantize(x, (16, 16))), .1110, .1116),
-                           (nvfp4.mx(x, (1, 32), "mxfp4").view_as(x), .1147, .1153)):
+    for got, low, high in (
+        (dequantize(quantize(x)), 0.0949, 0.0954),
+        (dequantize(quantize(x, (16, 16))), 0.1110, 0.1116),
+        (nvfp4.mx(x, (1, 32), "mxfp4").view_as(x), 0.1147, 0.1153),
+    ):
         assert low < rms(got, x) < high
 
 
@@ -277,23 +355,45 @@ def test_super_is_converted_as_it_was_trained():
     kinds = {}
     for name, format in swapped.items():
         kinds.setdefault((name.rsplit(".", 1)[-1], format), []).append(int(name.split(".")[2]))
-    pattern = model.config.hybrid_override_pattern[:74]                      # 14 of 88 stay
+    pattern = model.config.hybrid_override_pattern[:74]  # 14 of 88 stay
     E, M = ([i for i, x in enumerate(pattern) if x == letter] for letter in "EM")
-    assert kinds == {("in_proj", "nvfp4"): M, ("out_proj", "mxfp8"): M, ("experts", "nvfp4"): E,
-                     ("up_proj", "nvfp4"): E, ("down_proj", "nvfp4"): E}
+    assert kinds == {
+        ("in_proj", "nvfp4"): M,
+        ("out_proj", "mxfp8"): M,
+        ("experts", "nvfp4"): E,
+        ("up_proj", "nvfp4"): E,
+        ("down_proj", "nvfp4"): E,
+    }
 
 
 def small(seed=0):
-    return Nemotron(Config.preset("toy").__class__(**{**Config.preset("toy").__dict__, "hybrid_override_pattern": "ME*EM",
-                    "hidden_size": 48, "vocab_size": 64, "moe_latent_size": 24, "moe_intermediate_size": 40,
-                    "moe_shared_expert_intermediate_size": 56, "num_nextn_predict_layers": 1}), seed)
+    return Nemotron(
+        Config.preset("toy").__class__(
+            **{
+                **Config.preset("toy").__dict__,
+                "hybrid_override_pattern": "ME*EM",
+                "hidden_size": 48,
+                "vocab_size": 64,
+                "moe_latent_size": 24,
+                "moe_intermediate_size": 40,
+                "moe_shared_expert_intermediate_size": 56,
+                "num_nextn_predict_layers": 1,
+            }
+        ),
+        seed,
+    )
 
 
 def test_a_converted_model_is_the_same_model_with_other_products():
     model, plain = small(), small()
-    swapped = lowbit.convert(model, Recipe(last=.2))
-    assert set(swapped.values()) == {"nvfp4", "mxfp8"} and "backbone.layers.4.mixer.in_proj" not in swapped
-    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in plain.named_parameters()]
+    swapped = lowbit.convert(model, Recipe(last=0.2))
+    assert (
+        set(swapped.values()) == {"nvfp4", "mxfp8"}
+        and "backbone.layers.4.mixer.in_proj" not in swapped
+    )
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [
+        (n, p.shape) for n, p in plain.named_parameters()
+    ]
     assert model.load_state_dict(plain.state_dict())
     ids = torch.randint(0, 64, (2, 33))
     loss = lambda m: F.cross_entropy(m(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
@@ -303,18 +403,24 @@ def test_a_converted_model_is_the_same_model_with_other_products():
     for (name, p), q in zip(model.named_parameters(), plain.parameters()):
         if p.grad is not None:
             assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
-    assert 0 < rms(model(ids), plain(ids)) < .2
+    assert 0 < rms(model(ids), plain(ids)) < 0.2
     shares = lowbit.diagnose(model)
     assert {"fprop_x", "fprop_w", "dgrad_dy", "wgrad_dy", "wgrad_x"} < set(shares)
-    assert all(0 <= v < .2 for v in shares.values()) and shares["fprop_w"] > .005 and shares["dead_channels"] == 0
+    assert (
+        all(0 <= v < 0.2 for v in shares.values())
+        and shares["fprop_w"] > 0.005
+        and shares["dead_channels"] == 0
+    )
     with torch.no_grad():
         for m in latent_moe.layers(model)[:1]:
             m.experts.up_proj[:, :4] = 0
             m.experts.down_proj[:, :, :2] = 0
     every = sum(m.experts.up_proj[..., 0].numel() for m in latent_moe.layers(model))
     assert lowbit.diagnose(model)["dead_channels"] == 16 * 2 / every
-    cache = model.eval().new_cache(2)                                        # and it decodes
-    assert model(ids[:, :20], cache).isfinite().all() and model(ids[:, 20:21], cache).isfinite().all()
+    cache = model.eval().new_cache(2)  # and it decodes
+    assert (
+        model(ids[:, :20], cache).isfinite().all() and model(ids[:, 20:21], cache).isfinite().all()
+    )
 
 
 def test_under_autocast_the_output_is_bf16_and_the_gradient_fp32():
@@ -323,32 +429,63 @@ def test_under_autocast_the_output_is_bf16_and_the_gradient_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     y.sum().backward()
-    assert y.dtype == torch.bfloat16 and layer.weight.grad.dtype == torch.float32 and x.grad.shape == x.shape
-    assert rms(y.float(), x @ layer.weight.T) < .2
+    assert (
+        y.dtype == torch.bfloat16
+        and layer.weight.grad.dtype == torch.float32
+        and x.grad.shape == x.shape
+    )
+    assert rms(y.float(), x @ layer.weight.T) < 0.2
 
 
 def toy(tmp_path, name, **more):
-    tiny = ("hybrid_override_pattern=ME*EM,hidden_size=32,mamba_num_heads=2,n_routed_experts=4,num_experts_per_tok=2,"
-            "moe_latent_size=16,moe_intermediate_size=32,moe_shared_expert_intermediate_size=32,num_nextn_predict_layers=0")
+    tiny = (
+        "hybrid_override_pattern=ME*EM,hidden_size=32,mamba_num_heads=2,n_routed_experts=4,num_experts_per_tok=2,"
+        "moe_latent_size=16,moe_intermediate_size=32,moe_shared_expert_intermediate_size=32,num_nextn_predict_layers=0"
+    )
     lines = []
-    run = train.Run(name=name, out=str(tmp_path), model=tiny, data="recall", tokenizer="bytes", batch=4, length=32, eval_every=8,
-                    save_every=5, eval_tokens=256, log_every=1, prompt="", device="cpu", **{"steps": 8, **more})
+    run = train.Run(
+        name=name,
+        out=str(tmp_path),
+        model=tiny,
+        data="recall",
+        tokenizer="bytes",
+        batch=4,
+        length=32,
+        eval_every=8,
+        save_every=5,
+        eval_tokens=256,
+        log_every=1,
+        prompt="",
+        device="cpu",
+        **{"steps": 8, **more},
+    )
     model, rows = train.fit(run, say=lines.append)
     return model.state_dict(), rows, "\n".join(lines)
 
 
 def test_training_resumes_and_changes_precision(tmp_path):
-    """8 steps are 5 and 3 more, random bytes included; from fp32 to four bits and back is a flag, and is said."""
+    """8 steps are 5 and 3 more, random bytes included; from fp32 to four bits and back is a flag,
+    and is said.
+    """
     whole, rows, text = toy(tmp_path, "a", precision="nvfp4", diagnose=True)
-    assert "products in NVFP4" in text and "1 products in MXFP8" in text and 0 < rows[-1]["fprop_x"] < .5
+    assert (
+        "products in NVFP4" in text
+        and "1 products in MXFP8" in text
+        and 0 < rows[-1]["fprop_x"] < 0.5
+    )
     toy(tmp_path, "b", precision="nvfp4", stop=5)
     parts, again, text = toy(tmp_path, "b", precision="nvfp4", resume=True)
     assert all(torch.equal(whole[k], parts[k]) for k in whole) and " up to step" not in text
     toy(tmp_path, "c", precision="fp32", stop=5)
     other, rows, text = toy(tmp_path, "c", precision="nvfp4", resume=True, diagnose=True)
     assert "fp32 up to step 5, nvfp4 from here" in text and "zero_gradients" in text
-    assert not all(torch.equal(whole[k], other[k]) for k in whole) and math.isfinite(rows[-1]["train_nats"])
-    assert "nvfp4 up to step 8, fp32 from here" in toy(tmp_path, "c", precision="fp32", resume=True, steps=9)[2]
+    assert not all(torch.equal(whole[k], other[k]) for k in whole) and math.isfinite(
+        rows[-1]["train_nats"]
+    )
+    assert (
+        "nvfp4 up to step 8, fp32 from here"
+        in toy(tmp_path, "c", precision="fp32", resume=True, steps=9)[2]
+    )
     with pytest.raises(ValueError, match="there is no 'int4'"):
         toy(tmp_path, "d", precision="int4")
 
@@ -365,19 +502,25 @@ def test_the_file_runs_by_itself(tmp_path, monkeypatch, capsys):
 
 
 def test_this_file_can_fail(monkeypatch):
-    """Each wrong order of operations that NVFP4 implementations in the wild have turns a golden input red."""
+    """Each wrong order of operations that NVFP4 implementations in the wild have turns a golden
+    input red.
+    """
     assert not any(faults(name) for name in INPUTS)
     right = nvfp4.scales
+
     def before_2_15(amax, block):
         S = torch.full_like(amax, 2688) / amax
         s = (block / 6 * S).clamp(max=448).to(torch.float8_e4m3fn).float()
         return s, (s * S.reciprocal()).reciprocal().clamp(max=nvfp4.BIG)
+
     def divided(amax, block):
         s, e = right(amax, block)
         return s, torch.full_like(amax, 2688) / amax / s
+
     def floored(amax, block):
         s, e = right(amax, block)
-        return s.clamp(min=2 ** -9), e
+        return s.clamp(min=2**-9), e
+
     for wrong in (before_2_15, divided, floored):
         monkeypatch.setattr(nvfp4, "scales", wrong)
         assert any(faults(name) for name in INPUTS), wrong.__name__

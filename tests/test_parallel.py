@@ -1,4 +1,7 @@
-"""Many processes against one: losses, gradients, steps, checkpoints, restarts, and the dry run's predictions."""
+"""Many processes against one: losses, gradients, steps, checkpoints, restarts, and the dry run's
+predictions.
+"""
+
 import json
 import os
 import random
@@ -21,37 +24,78 @@ import torch.distributed as dist
 
 import checkpoint
 import data
-from scale import dryrun
 import hf
 import mtp
-from scale import parallel
 import train
 from model import Config, Nemotron
+from scale import dryrun, parallel
 from scale import ranks as many
 from training import pretrain
 from training.settings import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-MODEL = ("hybrid_override_pattern=M*E,hidden_size=16,num_attention_heads=2,num_key_value_heads=1,head_dim=8,mamba_num_heads=4,"
-         "mamba_head_dim=4,ssm_state_size=8,n_groups=2,chunk_size=8,n_routed_experts=8,num_experts_per_tok=3,moe_latent_size=8,"
-         "moe_intermediate_size=8,moe_shared_expert_intermediate_size=16")
-RUN = ["--model", MODEL, "--data", "copy", "--tokenizer", "bytes", "--steps", "6", "--batch", "4", "--length", "16", "--eval-tokens",
-       "96", "--eval-every", "6", "--log-every", "1", "--save-every", "2", "--prompt="]
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+MODEL = (
+    "hybrid_override_pattern=M*E,hidden_size=16,num_attention_heads=2,num_key_value_heads=1,head_dim=8,mamba_num_heads=4,"
+    "mamba_head_dim=4,ssm_state_size=8,n_groups=2,chunk_size=8,n_routed_experts=8,num_experts_per_tok=3,moe_latent_size=8,"
+    "moe_intermediate_size=8,moe_shared_expert_intermediate_size=16"
+)
+RUN = [
+    "--model",
+    MODEL,
+    "--data",
+    "copy",
+    "--tokenizer",
+    "bytes",
+    "--steps",
+    "6",
+    "--batch",
+    "4",
+    "--length",
+    "16",
+    "--eval-tokens",
+    "96",
+    "--eval-every",
+    "6",
+    "--log-every",
+    "1",
+    "--save-every",
+    "2",
+    "--prompt=",
+]
 
 
 def torchrun(n, *args, restarts=0, check=True):
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "--max-restarts",
-               restarts, *args]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        n,
+        "--max-restarts",
+        restarts,
+        *args,
+    ]
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600
+    )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def ranks(n, *cases):
-    """What tests/ranks.py finds. On a busy machine a worker dies now and then of a damaged heap ("malloc(): unaligned
-    tcache chunk"): one of gloo's threads and the main one own the same piece of memory. Nothing here is compiled. Then
-    torchrun starts all of them over, and a warning says so."""
+    """What tests/ranks.py finds. On a busy machine a worker dies now and then of a damaged heap
+    ("malloc(): unaligned tcache chunk"): one of gloo's threads and the main one own the same piece
+    of memory. Nothing here is compiled. Then torchrun starts all of them over, and a warning says
+    so."""
     lines = torchrun(n, "tests/ranks.py", *cases, restarts=2).stdout.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     if again := max(r.pop("restarts") for r in found):
@@ -65,7 +109,9 @@ def same(r):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_many_ranks_are_one(n):
-    """ep,cp,skew,recompute: loss, every gradient and five steps, MTP on. skew: all tokens go to two experts."""
+    """ep,cp,skew,recompute: loss, every gradient and five steps, MTP on. skew: all tokens go to two
+    experts.
+    """
     grids = product([k for k in (1, 2, 4) if k <= n], repeat=2)
     cases = [f"{ep},{cp},{i % 2},{i // 2 % 2}," for i, (ep, cp) in enumerate(grids)]
     found = ranks(n, *cases)
@@ -73,13 +119,17 @@ def test_many_ranks_are_one(n):
 
 
 def test_a_worker_that_dies_is_noticed():
-    """ranks() goes on after a death that is nobody's fault, but says so; a wrong number it would report as ever."""
+    """ranks() goes on after a death that is nobody's fault, but says so; a wrong number it would
+    report as ever.
+    """
     with pytest.warns(UserWarning, match="all 2 were started over, 1 times"):
         assert same(ranks(2, "2,1,0,0,abort")["2,1,0,0,abort"])
 
 
 def test_ranks_with_uneven_counts_are_one():
-    """A rank that no token comes to, its experts idle; ranks with few and with many targets: over sequences, over time."""
+    """A rank that no token comes to, its experts idle; ranks with few and with many targets: over
+    sequences, over time.
+    """
     idle, slices = "2,1,1,0,uneven", "1,2,0,0,uneven"
     found = ranks(2, idle, slices)
     assert all(map(same, found.values())) and len(found) == 2, found
@@ -88,18 +138,28 @@ def test_ranks_with_uneven_counts_are_one():
 
 
 def test_ranks_in_bf16_are_one_in_bf16():
-    """Nearer to one process under autocast than that is to fp32; weights, summed gradients, moments: fp32."""
+    """Nearer to one process under autocast than that is to fp32; weights, summed gradients,
+    moments: fp32.
+    """
     case, narrow = "2,2,0,1,bf16", "2,1,0,0,narrow"
     found = ranks(2, case, narrow)
     r, wide = found[case], ["torch.float32"]
-    assert all(10 * r[k] < r["rounding"][k] for k in ("first", "loss", "grad")) and 2 * r["end"] < r["rounding"]["end"], r
+    assert (
+        all(10 * r[k] < r["rounding"][k] for k in ("first", "loss", "grad"))
+        and 2 * r["end"] < r["rounding"]["end"]
+    ), r
     assert r["weights"] == r["gradients"] == r["moments"] == r["summed"] == wide
-    assert r["gathered"] == ["torch.bfloat16", "torch.float32"]              # matrices narrow, the rest as it is
-    assert found[narrow]["summed"] != wide                                   # a sum in bf16 would be seen
+    assert r["gathered"] == [
+        "torch.bfloat16",
+        "torch.float32",
+    ]  # matrices narrow, the rest as it is
+    assert found[narrow]["summed"] != wide  # a sum in bf16 would be seen
 
 
 def test_this_file_can_fail():
-    """Without halo, state, keys, whole counts, dispatch, the targets behind the edge, or everybody's loads."""
+    """Without halo, state, keys, whole counts, dispatch, the targets behind the edge, or
+    everybody's loads.
+    """
     broken = ["halo", "state", "keys", "balance", "dispatch", "targets", "loads"]
     found = ranks(2, *(f"2,2,0,0,{b}" for b in broken))
     assert len(found) == len(broken) and not any(map(same, found.values())), found
@@ -110,20 +170,35 @@ def log(folder):
 
 
 def alike(a, b):
-    return all(abs(a[s][k] - b[s][k]) <= 2e-5 * abs(b[s][k]) for s in b for k in
-               ("train_nats", "mtp1_nats", "mtp2_nats", "balance", "grad_norm")) and set(a) == set(b)
+    return all(
+        abs(a[s][k] - b[s][k]) <= 2e-5 * abs(b[s][k])
+        for s in b
+        for k in ("train_nats", "mtp1_nats", "mtp2_nats", "balance", "grad_norm")
+    ) and set(a) == set(b)
 
 
 def stage():
-    """The README's arguments for the long-context stage's second half and its dry run, and where the first half ends."""
+    """The README's arguments for the long-context stage's second half and its dry run, and where
+    the first half ends.
+    """
     text = (ROOT / "README.md").read_text()
-    lines = [line for line in text.replace("\\\n", " ").splitlines() if "--short" in line and "train.py" in line]
-    real, dry = (next(line for line in lines if line.startswith(who)) for who in ("torchrun", "python"))
-    return [shlex.split(line.split("train.py")[1]) for line in (real, dry)], int(re.search(r"`--steps (\d+)`", text)[1])
+    lines = [
+        line
+        for line in text.replace("\\\n", " ").splitlines()
+        if "--short" in line and "train.py" in line
+    ]
+    real, dry = (
+        next(line for line in lines if line.startswith(who)) for who in ("torchrun", "python")
+    )
+    return [shlex.split(line.split("train.py")[1]) for line in (real, dry)], int(
+        re.search(r"`--steps (\d+)`", text)[1]
+    )
 
 
 def test_the_long_context_stage_of_the_readme(monkeypatch, tmp_path):
-    """It goes on from the pretrained run with a rate that is constant, every second batch is short, and both halves fit."""
+    """It goes on from the pretrained run with a rate that is constant, every second batch is short,
+    and both halves fit.
+    """
     (real, dry), half = stage()
     runs, said = [], []
     before = train.Run(**{**RECIPES["super"], "preset": "super"})
@@ -131,28 +206,41 @@ def test_the_long_context_stage_of_the_readme(monkeypatch, tmp_path):
     (tmp_path / "super/config.json").write_text(json.dumps(dict(run=asdict(before))))
     monkeypatch.setattr(train, "fit", lambda run, say: runs.append(run))
     train.cli([*real, "--out", str(tmp_path)])
-    run, = runs
+    (run,) = runs
     steps = range(before.steps + 1, run.steps + 1)
     assert {train.learning_rate(t, run) for t in steps} == {4.5e-6} and len(steps) > 1000
     assert [run.length_at(t) for t in (1, 2, 3, 4)] == [1048576, 4096, 1048576, 4096]
-    tokens = [sum(run.batch * t for t in lengths) / 1e9 for lengths in (                              # as in the report
-        [run.length] * (half - before.steps), [run.length_at(t) for t in range(half + 1, run.steps + 1)])]
+    tokens = [
+        sum(run.batch * t for t in lengths) / 1e9
+        for lengths in (  # as in the report
+            [run.length] * (half - before.steps),
+            [run.length_at(t) for t in range(half + 1, run.steps + 1)],
+        )
+    ]
     assert [round(t) for t in tokens] == [34, 17], tokens
     predict = dryrun.predict
     monkeypatch.setattr(dryrun, "predict", lambda *a: said.append((a[0], predict(*a))))
     train.cli([*dry, "--quick"])
     same = "ep", "cp", "recompute", "batch", "micro", "precision"
     for run_of, seen in said:
-        assert all(getattr(run_of, k) == getattr(run, k) for k in same) and seen["peak"] < .95 * dryrun.GPUS[run_of.gpu][0]
+        assert (
+            all(getattr(run_of, k) == getattr(run, k) for k in same)
+            and seen["peak"] < 0.95 * dryrun.GPUS[run_of.gpu][0]
+        )
     assert sorted(r.length for r, _ in said) == [4096, 1048576]
 
 
 def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
-    """Every second batch is short: nats are over its own targets, and the log adds up what was read."""
+    """Every second batch is short: nats are over its own targets, and the log adds up what was
+    read.
+    """
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         world, run = parallel.World(), train.Run(batch=3, length=16, short=8)
-        model, text = world.model(replace(Config.preset("toy"), vocab_size=40)), torch.randint(40, (500,)).numpy()
+        model, text = (
+            world.model(replace(Config.preset("toy"), vocab_size=40)),
+            torch.randint(40, (500,)).numpy(),
+        )
         work, world.cast = pretrain.Text(), nullcontext
         work.run, work.train, work.depths = run, text, 2
         for step, t in ((1, 16), (2, 8), (3, 16)):
@@ -160,31 +248,68 @@ def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
             model.zero_grad()
             ids = data.batch(text, run.seed, step, run.batch, t + 1)
             with torch.no_grad():
-                want = [s / n for s, n in zip(train.losses(model, ids), mtp.counts(torch.ones(3, t, dtype=torch.bool), 2))]
+                want = [
+                    s / n
+                    for s, n in zip(
+                        train.losses(model, ids), mtp.counts(torch.ones(3, t, dtype=torch.bool), 2)
+                    )
+                ]
             torch.testing.assert_close(torch.tensor(nats), torch.tensor(want))
     finally:
         dist.destroy_process_group()
-    stage = [*RUN, "--steps", 4, "--short", 8, "--lr", 1e-3, "--warmup", 0, "--decay", 0, "--out", tmp_path]
+    stage = [
+        *RUN,
+        "--steps",
+        4,
+        "--short",
+        8,
+        "--lr",
+        1e-3,
+        "--warmup",
+        0,
+        "--decay",
+        0,
+        "--out",
+        tmp_path,
+    ]
     torchrun(1, "train.py", *stage, "--name", "one")
     torchrun(2, "train.py", *stage, "--name", "two", "--cp", 2, "--stop", 3)
     torchrun(2, "train.py", "--resume", "--name", "two", "--out", tmp_path, "--cp", 1, "--ep", 2)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert alike(two, one)
     for rows in (one, two):
-        assert [rows[s]["tokens"] for s in (1, 2, 3, 4)] == [64, 96, 160, 192] and {r["lr"] for r in rows.values()} == {1e-3}
-    refused = torchrun(2, "train.py", *stage, "--name", "three", "--cp", 2, "--short", 6, check=False)
-    assert refused.returncode and "--length 6 does not cut into 2 equal slices of at least 4 tokens" in refused.stderr
+        assert [rows[s]["tokens"] for s in (1, 2, 3, 4)] == [64, 96, 160, 192] and {
+            r["lr"] for r in rows.values()
+        } == {1e-3}
+    refused = torchrun(
+        2, "train.py", *stage, "--name", "three", "--cp", 2, "--short", 6, check=False
+    )
+    assert (
+        refused.returncode
+        and "--length 6 does not cut into 2 equal slices of at least 4 tokens" in refused.stderr
+    )
 
 
 def test_resuming_on_fewer_ranks_goes_on_with_the_same_curve(tmp_path):
-    """4, then 2, then 1 ranks, other ep and cp each time, against one process: so the order of the data is the same."""
+    """4, then 2, then 1 ranks, other ep and cp each time, against one process: so the order of the
+    data is the same.
+    """
     train.cli([*RUN, "--out", str(tmp_path), "--name", "one"])
     out = ["train.py", "--out", tmp_path, "--name", "many"]
     torchrun(4, *out, *RUN, "--ep", 2, "--cp", 2, "--stop", 2)
     torchrun(2, *out, "--resume", "--ep", 2, "--cp", 1, "--stop", 4)
     torchrun(1, *out, "--resume", "--ep", 1)
     assert alike(log(tmp_path / "many"), log(tmp_path / "one"))
-    torchrun(2, "-m", "scale.release", "--release", "--ep", 2, tmp_path / "many/ckpt/step-00000006", tmp_path / "hf")
+    torchrun(
+        2,
+        "-m",
+        "scale.release",
+        "--release",
+        "--ep",
+        2,
+        tmp_path / "many/ckpt/step-00000006",
+        tmp_path / "hf",
+    )
     torchrun(2, "-m", "scale.release", "--adopt", "--ep", 1, tmp_path / "hf", tmp_path / "back")
     torchrun(1, "-m", "scale.release", "--release", tmp_path / "back", tmp_path / "again")
     a, b = hf.load(tmp_path / "hf").state_dict(), hf.load(tmp_path / "again").state_dict()
@@ -192,11 +317,46 @@ def test_resuming_on_fewer_ranks_goes_on_with_the_same_curve(tmp_path):
 
 
 def crash(tmp_path, name, times, during="step"):
-    """Kills a random worker `times` times, in a step or while a checkpoint is half written; the run must end by itself."""
-    args = [*RUN, "--steps", "40", "--save-every", "2", "--eval-every", "40", "--out", tmp_path, "--name", name]
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 4, "--max-restarts",
-               times + 2, "train.py", *args, "--ep", 2]
-    p = subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Kills a random worker `times` times, in a step or while a checkpoint is half written; the run
+    must end by itself.
+    """
+    args = [
+        *RUN,
+        "--steps",
+        "40",
+        "--save-every",
+        "2",
+        "--eval-every",
+        "40",
+        "--out",
+        tmp_path,
+        "--name",
+        name,
+    ]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        4,
+        "--max-restarts",
+        times + 2,
+        "train.py",
+        *args,
+        "--ep",
+        2,
+    ]
+    p = subprocess.Popen(
+        [*map(str, command)],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     folders, killed, committed, halves = tmp_path / name / "ckpt", 0, 0, 0
     errors = threading.Thread(target=lambda: said.append(p.stderr.read()))
     said = []
@@ -240,13 +400,35 @@ def test_restarts_without_a_store_of_their_own_are_refused(monkeypatch):
 
 
 def test_the_dry_run_counts_exactly():
-    """Rank 0's parameters: ceil(rows / ranks) of a dense tensor, E/ep experts with 1/edp of their rows."""
+    """Rank 0's parameters: ceil(rows / ranks) of a dense tensor, E/ep experts with 1/edp of their
+    rows.
+    """
     changes = dict(pair.split("=") for pair in MODEL.split(","))
-    run = train.Run(preset="toy", batch=8, length=16, world=8, ep=2, cp=2, recompute=True, precision="bf16", dry_run=True)
-    config = replace(Config.preset("toy"), **{k: v if "pattern" in k else int(v) for k, v in changes.items()})
+    run = train.Run(
+        preset="toy",
+        batch=8,
+        length=16,
+        world=8,
+        ep=2,
+        cp=2,
+        recompute=True,
+        precision="bf16",
+        dry_run=True,
+    )
+    config = replace(
+        Config.preset("toy"), **{k: v if "pattern" in k else int(v) for k, v in changes.items()}
+    )
     lines = []
     seen = dryrun.predict(run, lines.append, config, train.optimiser, train.losses)
     with torch.device("meta"):
         tensors = Nemotron(config).named_parameters()
-    want = sum(p.numel() // 8 if ".experts." in n else -(-p.shape[0] // 8) * (p.numel() // p.shape[0]) for n, p in tensors)
-    assert seen["parameters"] == want and seen["flops"] > 0 and seen["all-to-all"] > 0 and any("fits" in line for line in lines)
+    want = sum(
+        p.numel() // 8 if ".experts." in n else -(-p.shape[0] // 8) * (p.numel() // p.shape[0])
+        for n, p in tensors
+    )
+    assert (
+        seen["parameters"] == want
+        and seen["flops"] > 0
+        and seen["all-to-all"] > 0
+        and any("fits" in line for line in lines)
+    )

@@ -1,4 +1,7 @@
-"""tokenizer.py promises that text survives and that ids are the file's own; here it is held to that."""
+"""tokenizer.py promises that text survives and that ids are the file's own; here it is held to
+that.
+"""
+
 import base64
 import importlib.util
 import io
@@ -9,20 +12,38 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tokenizer import (END, GPT2_WORDS, WORDS, encode, from_hugging_face, pack, pieces, token_bytes,
-                       tokenizer, unpack, vocab_size)
+from tokenizer import (
+    END,
+    GPT2_WORDS,
+    WORDS,
+    encode,
+    from_hugging_face,
+    pack,
+    pieces,
+    token_bytes,
+    tokenizer,
+    unpack,
+    vocab_size,
+)
 
-LIBRARY = sorted(Path(json.__file__).parents[1].glob("*.py"))           # the standard library's plain modules
+LIBRARY = sorted(
+    Path(json.__file__).parents[1].glob("*.py")
+)  # the standard library's plain modules
 TEXT = "\n\n".join(p.read_text("utf-8", "replace") for p in LIBRARY)
 BYTES, BPE = tokenizer("bytes"), tokenizer("bpe:600", TEXT[:300_000])
 SIZES = [(enc, token_bytes(enc).tolist()) for enc in (BYTES, BPE)]
-TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-CUTTERS = [tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=BPE._mergeable_ranks, special_tokens={})
-           for pattern in (WORDS, GPT2_WORDS, TEKKEN)]
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CUTTERS = [
+    tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=BPE._mergeable_ranks, special_tokens={})
+    for pattern in (WORDS, GPT2_WORDS, TEKKEN)
+]
 awkward = st.one_of(st.text(max_size=60), st.text("ab_ \n\t\r'(:/.1²é日\u0301🙂", max_size=60))
 
 
@@ -31,6 +52,7 @@ def same(a, b):
 
 
 # Text survives
+
 
 @settings(max_examples=200, deadline=None)
 @given(awkward)
@@ -63,7 +85,7 @@ def test_vocabularies():
     size = token_bytes(BPE)
     assert size.shape == (600,) and size[599] == 0 and size[:599].min() == 1
     assert END not in (BPE.decode([i]) for i in range(599))
-    assert encode(BPE, END).max() < 599                                 # spelled out, it is plain text
+    assert encode(BPE, END).max() < 599  # spelled out, it is plain text
     wide = unpack(pack(BYTES) | {"special": {"<e>": 65_536}})
     assert encode(wide, "a").dtype == np.uint32 and vocab_size(wide) == 65_537
 
@@ -76,19 +98,30 @@ def test_the_trainer_and_tiktoken_agree(text):
 
 def trainer():
     import rustbpe
+
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(iter([TEXT[:300_000]]), 599, pattern=WORDS)          # in one piece
+    bpe.train_from_iterator(iter([TEXT[:300_000]]), 599, pattern=WORDS)  # in one piece
     return bpe
 
 
 TRAINER = trainer()
 
 
-@pytest.mark.parametrize("spec,text,why", [
-    ("bpe:256", "a", "from 257 up"), ("bpe:many", "a", "from 257 up"),
-    ("bpe:300", None, "text to learn from"), ("bpe:300", np.arange(9), "text to learn from"),
-    ("bpe:300", "ab ab", "asks for 43 pairs to join, but the 5 characters it learns from have 2"),
-    ("gpt2", None, "'gpt2' is not bytes, bpe:N, nemotron or a file")])
+@pytest.mark.parametrize(
+    "spec,text,why",
+    [
+        ("bpe:256", "a", "from 257 up"),
+        ("bpe:many", "a", "from 257 up"),
+        ("bpe:300", None, "text to learn from"),
+        ("bpe:300", np.arange(9), "text to learn from"),
+        (
+            "bpe:300",
+            "ab ab",
+            "asks for 43 pairs to join, but the 5 characters it learns from have 2",
+        ),
+        ("gpt2", None, "'gpt2' is not bytes, bpe:N, nemotron or a file"),
+    ],
+)
 def test_tokenizer_specs_that_cannot_be(spec, text, why, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=why):
@@ -97,14 +130,20 @@ def test_tokenizer_specs_that_cannot_be(spec, text, why, tmp_path, monkeypatch):
 
 # The table travels
 
+
 def test_pack_travels_in_json_and_in_a_checkpoint():
     for enc in (BYTES, BPE, from_hugging_face(hugging_face())):
         box = io.BytesIO()
         torch.save({"tokenizer": pack(enc)}, box)
         box.seek(0)
-        for back in (torch.load(box, weights_only=True)["tokenizer"], json.loads(json.dumps(pack(enc)))):
+        for back in (
+            torch.load(box, weights_only=True)["tokenizer"],
+            json.loads(json.dumps(pack(enc))),
+        ):
             assert same(unpack(back), enc) and unpack(back).name == enc.name
-            assert unpack(back).encode_ordinary("def f(x):\n  é") == enc.encode_ordinary("def f(x):\n  é")
+            assert unpack(back).encode_ordinary("def f(x):\n  é") == enc.encode_ordinary(
+                "def f(x):\n  é"
+            )
 
 
 def test_the_same_path_never_serves_stale_ranks(tmp_path):
@@ -117,6 +156,7 @@ def test_the_same_path_never_serves_stale_ranks(tmp_path):
 
 # tokenizer.json
 
+
 def letters():
     """ByteLevel's alphabet, derived the way GPT-2's encoder.py does."""
     seen, out, extra = [*range(33, 127), *range(161, 173), *range(174, 256)], {}, 0
@@ -127,12 +167,23 @@ def letters():
 
 
 def hugging_face(**changes):
-    """Ids 0 and 1 are special, 2 + b is byte b, three merges follow; `changes` like model__type="Unigram"."""
+    """Ids 0 and 1 are special, 2 + b is byte b, three merges follow; `changes` like
+    model__type="Unigram".
+    """
     vocab = {c: 2 + b for b, c in letters().items()} | {"he": 258, "ll": 259, "hell": 260}
-    d = {"normalizer": None, "pre_tokenizer": LAST | {"use_regex": True},
-         "added_tokens": [{"id": i, "content": s, "special": True} for i, s in enumerate(("<s>", "</s>"))],
-         "model": {"type": "BPE", "byte_fallback": False, "vocab": {"<s>": 0, "</s>": 1} | vocab,
-                   "merges": ["h e", "l l", "he ll"]}}
+    d = {
+        "normalizer": None,
+        "pre_tokenizer": LAST | {"use_regex": True},
+        "added_tokens": [
+            {"id": i, "content": s, "special": True} for i, s in enumerate(("<s>", "</s>"))
+        ],
+        "model": {
+            "type": "BPE",
+            "byte_fallback": False,
+            "vocab": {"<s>": 0, "</s>": 1} | vocab,
+            "merges": ["h e", "l l", "he ll"],
+        },
+    }
     for key, value in changes.items():
         *path, last = key.split("__")
         where = d
@@ -160,39 +211,65 @@ TWICE = {"type": "Sequence", "pretokenizers": [split(r"\p{N}"), split(TEKKEN), L
 def test_ids_are_those_of_the_file(tmp_path):
     enc = load(tmp_path, hugging_face())
     (tmp_path / "some.json").rename(tmp_path / "tokenizer.json")
-    assert same(tokenizer(str(tmp_path)), enc)                            # the folder of a checkpoint will do
-    assert enc.encode_ordinary("hello hell") == [260, 2 + ord("o"), 2 + ord(" "), 260]  # he+ll o blank he+ll
+    assert same(tokenizer(str(tmp_path)), enc)  # the folder of a checkpoint will do
+    assert enc.encode_ordinary("hello hell") == [
+        260,
+        2 + ord("o"),
+        2 + ord(" "),
+        260,
+    ]  # he+ll o blank he+ll
     assert enc.encode_ordinary("élhe") == [2 + 0xC3, 2 + 0xA9, 2 + ord("l"), 258]
     assert enc.encode("<s>", allowed_special="all") == [0] and vocab_size(enc) == 261
     assert token_bytes(enc)[[0, 1, 2, 260]].tolist() == [0, 0, 1, 4]
-    newer = [["h", "e"], ["l", "l"], ["he", "ll"]]                           # files of today list pairs
+    newer = [["h", "e"], ["l", "l"], ["he", "ll"]]  # files of today list pairs
     pairs = hugging_face(model__merges=newer, pre_tokenizer=ONCE)
     assert load(tmp_path, pairs)._pat_str == TEKKEN
     assert load(tmp_path, pairs).encode_ordinary("hell") == [260]
 
 
-@pytest.mark.parametrize("why,changes", [
-    ("its model is Unigram, not BPE", dict(model__type="Unigram")),
-    ("byte_fallback", dict(model__byte_fallback=True)),
-    ("dropout is 0.1", dict(model__dropout=0.1)),
-    ("end_of_word_suffix is '</w>'", dict(model__end_of_word_suffix="</w>")),
-    ("its normalizer changes the text first: {'type': 'NFC'}", dict(normalizer={"type": "NFC"})),
-    ("its pre-tokenizer splits 2 times, not once", dict(pre_tokenizer=TWICE)),
-    ("splits 0 times", dict(pre_tokenizer=LAST)),
-    ("does not end in ByteLevel", dict(pre_tokenizer={"type": "Metaspace"})),
-    ("does not end in ByteLevel", dict(pre_tokenizer=None)),
-    ("without add_prefix_space", dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})),
-    ("no Split that keeps", dict(pre_tokenizer={"pretokenizers": [split("x", "Removed"), LAST]})),
-    ("pre-tokenizer Digits is no Split", dict(pre_tokenizer={"pretokenizers": [{"type": "Digits"}, LAST]})),
-    ("leaves characters out", dict(pre_tokenizer={"pretokenizers": [split(r"\p{L}+"), LAST]})),
-    ("added token '  ' cuts plain text", dict(added_tokens=[{"id": 300, "content": "  ", "special": False}])),
-    ("token '▁a' is not in ByteLevel's alphabet", dict(model__vocab={"▁a": 0})),
-    ("some single bytes have no id", dict(model__vocab={"a": 0})),
-    ("id 258 after id 259: merge order is not id order", dict(model__merges=["l l", "h e", "he ll"])),
-    ("merge 3 makes id -1 after id 260", dict(model__merges=["h e", "l l", "he ll", "o o"])),
-    ("its merges do not make id 260, b'hell'", dict(model__merges=["h e", "l l"])),
-    ("its merges do not make id 260, b'hell'", dict(model__merges=["h e", "l l", "hel l"])),
-])
+@pytest.mark.parametrize(
+    "why,changes",
+    [
+        ("its model is Unigram, not BPE", dict(model__type="Unigram")),
+        ("byte_fallback", dict(model__byte_fallback=True)),
+        ("dropout is 0.1", dict(model__dropout=0.1)),
+        ("end_of_word_suffix is '</w>'", dict(model__end_of_word_suffix="</w>")),
+        (
+            "its normalizer changes the text first: {'type': 'NFC'}",
+            dict(normalizer={"type": "NFC"}),
+        ),
+        ("its pre-tokenizer splits 2 times, not once", dict(pre_tokenizer=TWICE)),
+        ("splits 0 times", dict(pre_tokenizer=LAST)),
+        ("does not end in ByteLevel", dict(pre_tokenizer={"type": "Metaspace"})),
+        ("does not end in ByteLevel", dict(pre_tokenizer=None)),
+        (
+            "without add_prefix_space",
+            dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+        ),
+        (
+            "no Split that keeps",
+            dict(pre_tokenizer={"pretokenizers": [split("x", "Removed"), LAST]}),
+        ),
+        (
+            "pre-tokenizer Digits is no Split",
+            dict(pre_tokenizer={"pretokenizers": [{"type": "Digits"}, LAST]}),
+        ),
+        ("leaves characters out", dict(pre_tokenizer={"pretokenizers": [split(r"\p{L}+"), LAST]})),
+        (
+            "added token '  ' cuts plain text",
+            dict(added_tokens=[{"id": 300, "content": "  ", "special": False}]),
+        ),
+        ("token '▁a' is not in ByteLevel's alphabet", dict(model__vocab={"▁a": 0})),
+        ("some single bytes have no id", dict(model__vocab={"a": 0})),
+        (
+            "id 258 after id 259: merge order is not id order",
+            dict(model__merges=["l l", "h e", "he ll"]),
+        ),
+        ("merge 3 makes id -1 after id 260", dict(model__merges=["h e", "l l", "he ll", "o o"])),
+        ("its merges do not make id 260, b'hell'", dict(model__merges=["h e", "l l"])),
+        ("its merges do not make id 260, b'hell'", dict(model__merges=["h e", "l l", "hel l"])),
+    ],
+)
 def test_what_a_table_cannot_say_is_refused(why, changes, tmp_path):
     with pytest.raises(ValueError, match="does not fit") as e:
         load(tmp_path, hugging_face(**changes))
@@ -202,14 +279,24 @@ def test_what_a_table_cannot_say_is_refused(why, changes, tmp_path):
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
     """Both readings of one file that Hugging Face's own trainer wrote."""
-    hf = pytest.importorskip("tokenizers", reason="tokenizers, the outside oracle, is not installed")
+    hf = pytest.importorskip(
+        "tokenizers", reason="tokenizers, the outside oracle, is not installed"
+    )
     pre, path = hf.pre_tokenizers, tmp_path_factory.mktemp("hf") / "tokenizer.json"
     cut = pre.Split(hf.Regex(TEKKEN), "isolated")
     theirs = hf.Tokenizer(hf.models.BPE())
-    theirs.pre_tokenizer = pre.Sequence([cut, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    theirs.train_from_iterator([TEXT[:300_000]], hf.trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=["<s>"],
-        show_progress=False))
+    theirs.pre_tokenizer = pre.Sequence(
+        [cut, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    theirs.train_from_iterator(
+        [TEXT[:300_000]],
+        hf.trainers.BpeTrainer(
+            vocab_size=1500,
+            initial_alphabet=pre.ByteLevel.alphabet(),
+            special_tokens=["<s>"],
+            show_progress=False,
+        ),
+    )
     theirs.save(str(path))
     return theirs, tokenizer(str(path))
 
@@ -228,6 +315,7 @@ def test_ids_are_those_of_the_oracle(oracle):
 
 # tekken.json
 
+
 def tekken(tmp_path, special, tokens, size, name="tekken.json", **more):
     vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate(tokens)]
     config = {"pattern": TEKKEN, "default_vocab_size": size, "default_num_special_tokens": special}
@@ -239,9 +327,14 @@ ONES = [bytes([b]) for b in range(256)]
 
 
 def test_tekken_ids_count_from_behind_the_control_tokens(tmp_path):
-    names = [{"rank": 0, "token_str": "<unk>", "is_control": True}, {"rank": 2, "token_str": "[INST]"}]
-    path = tekken(tmp_path, 5, ONES + [b"he", b"ll", b"hell", b"hello"], size=264, special_tokens=names)
-    enc = tokenizer(path)                                                  # 264 = 5 + 259: "hello" is cut off
+    names = [
+        {"rank": 0, "token_str": "<unk>", "is_control": True},
+        {"rank": 2, "token_str": "[INST]"},
+    ]
+    path = tekken(
+        tmp_path, 5, ONES + [b"he", b"ll", b"hell", b"hello"], size=264, special_tokens=names
+    )
+    enc = tokenizer(path)  # 264 = 5 + 259: "hello" is cut off
     assert enc.encode_ordinary("hello") == [5 + 258, 5 + ord("o")] and vocab_size(enc) == 264
     control = ["<unk>", "<SPECIAL_1>", "[INST]", "<SPECIAL_3>", "<SPECIAL_4>"]
     assert enc._special_tokens == {name: i for i, name in enumerate(control)}
@@ -250,7 +343,9 @@ def test_tekken_ids_count_from_behind_the_control_tokens(tmp_path):
 def test_nemotron_is_found_or_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="nemotron needs the release's tokenizer.json or a tekken.json in"):
+    with pytest.raises(
+        ValueError, match="nemotron needs the release's tokenizer.json or a tekken.json in"
+    ):
         tokenizer("nemotron")
     tekken(tmp_path, 5, ONES, size=261)
     with pytest.raises(ValueError, match="has 261 ids, Nemotron 3 has 131,072"):
@@ -262,7 +357,7 @@ def test_nemotron_is_found_or_explained(tmp_path, monkeypatch):
 
 def test_other_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tekken.json or pack: it starts with \['model', 'a'\]"):
-        load(tmp_path, {"model": 7, "a": 1})                               # a GPT-2 vocab.json has such words
+        load(tmp_path, {"model": 7, "a": 1})  # a GPT-2 vocab.json has such words
 
 
 def test_this_file_can_fail():
@@ -271,6 +366,8 @@ def test_this_file_can_fail():
     swapped[a], swapped[b] = 301, 300
     broken = tiktoken.Encoding("x", pat_str=WORDS, mergeable_ranks=swapped, special_tokens={})
     text = TEXT[-20_000:]
-    assert not same(broken, BPE) and broken.encode_ordinary(text) != TRAINER.encode(text)    # two ids swapped
-    cuts = [text[i:i + 1000] for i in range(0, len(text), 1000)]
-    assert sum(map(BPE.encode_ordinary, cuts), []) != BPE.encode_ordinary(text)                 # cut anywhere
+    assert not same(broken, BPE) and broken.encode_ordinary(text) != TRAINER.encode(
+        text
+    )  # two ids swapped
+    cuts = [text[i : i + 1000] for i in range(0, len(text), 1000)]
+    assert sum(map(BPE.encode_ordinary, cuts), []) != BPE.encode_ordinary(text)  # cut anywhere

@@ -1,18 +1,21 @@
 """
 Compiles kernels for GPUs that are not there, and prints what the compiler made.  python tests/compiled/aot.py ssd conv
 
-Triton's wheel carries ptxas, cuobjdump and nvdisasm: registers, spills, shared memory and the instructions of a
-kernel can be read on any machine. Each kernel file has a list of rows beside this file, ROWS in ssd.py, conv.py, ...:
+Triton's wheel carries ptxas, cuobjdump and nvdisasm: registers, spills, shared memory and the
+instructions of a kernel can be read on any machine. Each kernel file has a list of rows beside this
+file, ROWS in ssd.py, conv.py, ...:
 
     Row(kernel, "what", types=dict(X="*bf16", T="i32"), consts=dict(BLOCK=64), warps=4, stages=2,
         wants={80: "mma.sync", 90: "wgmma", 100: "tcgen05"}, spill=0)
 
-types name the runtime arguments: *bf16 *fp32 *i64 pointers, i32 i64 fp32 scalars; what the launch passes is what
-belongs here. Integers and pointers are divisible by 16, as they are at Super's sizes, but those named in `odd`.
-A row fails if a kernel spills more bytes than `spill` (a number, or a number per card), if its shared memory or
-registers exceed the card's, or if the tensor-core instruction that was meant is not the one that came out.
-Never in a process with TRITON_INTERPRET=1: Triton's own library is then interpreted too.
+types name the runtime arguments: *bf16 *fp32 *i64 pointers, i32 i64 fp32 scalars; what the launch
+passes is what belongs here. Integers and pointers are divisible by 16, as they are at Super's
+sizes, but those named in `odd`. A row fails if a kernel spills more bytes than `spill` (a number,
+or a number per card), if its shared memory or registers exceed the card's, or if the tensor-core
+instruction that was meant is not the one that came out. Never in a process with TRITON_INTERPRET=1:
+Triton's own library is then interpreted too.
 """
+
 import importlib
 import os
 import re
@@ -29,11 +32,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CARDS = {80: ("A100", 163), 90: ("H100", 227), 100: ("B200", 227)}     # sm: name, KiB of shared memory a block may have
+CARDS = {
+    80: ("A100", 163),
+    90: ("H100", 227),
+    100: ("B200", 227),
+}  # sm: name, KiB of shared memory a block may have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = dict([("mma.sync", r"(?<!w)\bmma\.sync"), ("wgmma", r"wgmma\.mma_async"), ("tcgen05", r"tcgen05\.mma"),
-                     ("block_scale", r"block_scale"), ("tma", r"cp\.async\.bulk\.tensor"),
-                      ("atomic", r"\b(?:red|atom)\.")])
+INSTRUCTIONS = dict(
+    [
+        ("mma.sync", r"(?<!w)\bmma\.sync"),
+        ("wgmma", r"wgmma\.mma_async"),
+        ("tcgen05", r"tcgen05\.mma"),
+        ("block_scale", r"block_scale"),
+        ("tma", r"cp\.async\.bulk\.tensor"),
+        ("atomic", r"\b(?:red|atom)\."),
+    ]
+)
 
 
 @dataclass
@@ -44,18 +58,18 @@ class Row:
     consts: dict = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
-    wants: dict = field(default_factory=dict)                # sm: a name of INSTRUCTIONS that must be there
-    spill: object = 0                                        # bytes a thread may spill, or {sm: bytes}
-    odd: tuple = ()                                          # arguments that need not be divisible by 16
+    wants: dict = field(default_factory=dict)  # sm: a name of INSTRUCTIONS that must be there
+    spill: object = 0  # bytes a thread may spill, or {sm: bytes}
+    odd: tuple = ()  # arguments that need not be divisible by 16
     cards: tuple = tuple(CARDS)
 
 
 @dataclass
 class Made:
     regs: int
-    stack: int                                               # bytes of local memory a thread: spilled registers
+    stack: int  # bytes of local memory a thread: spilled registers
     shared: int
-    found: dict                                              # instruction: how many times in the PTX
+    found: dict  # instruction: how many times in the PTX
     seconds: float
     ptx: str
 
@@ -64,22 +78,37 @@ def make(row, sm):
     """One kernel for one card: what came out."""
     names = row.kernel.arg_names
     if unknown := {*row.types, *row.consts} ^ set(names):
-        raise ValueError(f"{row.kernel.__name__} {row.what}: arguments without a type, or unknown: {sorted(unknown)}")
+        raise ValueError(
+            f"{row.kernel.__name__} {row.what}: arguments without a type, or unknown: {sorted(unknown)}"
+        )
     types = {a: "constexpr" if a in row.consts else row.types[a] for a in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names)
-               if a not in row.odd and (types[a].startswith("*") or types[a] in ("i32", "i64"))}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(names)
+        if a not in row.odd and (types[a].startswith("*") or types[a] in ("i32", "i64"))
+    }
     start = time.perf_counter()
-    made = triton.compile(ASTSource(fn=row.kernel, signature=types, constexprs=row.consts, attrs=aligned),
-                          target=GPUTarget("cuda", sm, 32),
-                          options=dict(num_warps=row.warps, num_stages=row.stages, enable_fp_fusion=True))
+    made = triton.compile(
+        ASTSource(fn=row.kernel, signature=types, constexprs=row.consts, attrs=aligned),
+        target=GPUTarget("cuda", sm, 32),
+        options=dict(num_warps=row.warps, num_stages=row.stages, enable_fp_fusion=True),
+    )
     seconds, ptx = time.perf_counter() - start, made.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
-        usage = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True,
-                               check=True).stdout
+        usage = subprocess.run(
+            [BIN / "cuobjdump", "--dump-resource-usage", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    found = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items() if re.search(pattern, ptx)}
+    found = {
+        name: len(re.findall(pattern, ptx))
+        for name, pattern in INSTRUCTIONS.items()
+        if re.search(pattern, ptx)
+    }
     return Made(regs, stack, made.metadata.shared, found, seconds, ptx)
 
 
@@ -100,14 +129,22 @@ def faults(row, sm, made):
 def report(rows):
     """Prints the table; returns the sentences of what failed."""
     bad = []
-    print(f"{'kernel':22} {'what':28} {'card':5} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>9}  instructions")
+    print(
+        f"{'kernel':22} {'what':28} {'card':5} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>9}  instructions"
+    )
     for row in rows:
         for sm in row.cards:
             made = make(row, sm)
             found = " ".join(f"{name} {n}" for name, n in made.found.items()) or "-"
-            print(f"{row.kernel.__name__:22} {row.what:28} {CARDS[sm][0]:5} {row.warps:5} {made.regs:5}"
-                  f" {made.stack:4} B {made.shared / 1024:5.1f} KiB  {found}", flush=True)
-            bad += [f"{row.kernel.__name__} ({row.what}) on {CARDS[sm][0]} {why}" for why in faults(row, sm, made)]
+            print(
+                f"{row.kernel.__name__:22} {row.what:28} {CARDS[sm][0]:5} {row.warps:5} {made.regs:5}"
+                f" {made.stack:4} B {made.shared / 1024:5.1f} KiB  {found}",
+                flush=True,
+            )
+            bad += [
+                f"{row.kernel.__name__} ({row.what}) on {CARDS[sm][0]} {why}"
+                for why in faults(row, sm, made)
+            ]
     return bad
 
 
@@ -117,12 +154,14 @@ def main(names):
     names = names or sorted(p.stem for p in HERE.glob("*.py") if p.stem != "aot")
     start = time.perf_counter()
     bad = report([row for name in names for row in importlib.import_module(name).ROWS])
-    print(f"{time.perf_counter() - start:.0f} s; registers and spills are per thread, shared memory per block")
+    print(
+        f"{time.perf_counter() - start:.0f} s; registers and spills are per thread, shared memory per block"
+    )
     for line in bad:
         print("FAULT", line)
     sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
-    sys.modules["aot"] = sys.modules["__main__"]             # the rows say `from aot import Row`: the same Row
+    sys.modules["aot"] = sys.modules["__main__"]  # the rows say `from aot import Row`: the same Row
     main(sys.argv[1:])

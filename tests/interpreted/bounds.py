@@ -1,23 +1,24 @@
 """
 Every address that a kernel reads or writes lies inside one of its tensors, or IndexError.
 
-A GPU (and the interpreter, left alone) reads past the end of a tensor and says nothing: the number read is some
-neighbour's, most often harmless, once a year not. Here every unmasked address of every load, store and atomic is
-compared with the first and the last byte of each tensor argument of the launch. A view counts as far as its own
-elements go, not as far as its storage does.
+A GPU (and the interpreter, left alone) reads past the end of a tensor and says nothing: the number
+read is some neighbour's, most often harmless, once a year not. Here every unmasked address of every
+load, store and atomic is compared with the first and the last byte of each tensor argument of the
+launch. A view counts as far as its own elements go, not as far as its storage does.
 """
+
 import numpy as np
 from triton.runtime import interpreter
 
 Builder, Executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-spans = []                                                   # (first byte, past the last byte) of this launch's tensors
+spans = []  # (first byte, past the last byte) of this launch's tensors
 
 
 def note(arg):
     if isinstance(arg, (tuple, list)):
         for a in arg:
             note(a)
-    elif hasattr(arg, "base") and hasattr(arg, "block_shape"):                # a tensor descriptor
+    elif hasattr(arg, "base") and hasattr(arg, "block_shape"):  # a tensor descriptor
         note(arg.base)
     elif hasattr(arg, "untyped_storage") and arg.numel():
         last = sum((n - 1) * s for n, s in zip(arg.shape, arg.stride()))
@@ -25,14 +26,20 @@ def note(arg):
 
 
 def check(pointers, mask, what):
-    at = pointers.data.ravel() if mask is None else np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+    at = (
+        pointers.data.ravel()
+        if mask is None
+        else np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+    )
     size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
     inside = np.zeros(at.shape, bool)
     for first, end in spans:
         inside |= (at >= first) & (at + size <= end)
     if not inside.all():
-        raise IndexError(f"{what} outside every tensor: {int((~inside).sum())} of {inside.size} addresses, "
-                         f"program {interpreter.interpreter_builder.grid_idx}")
+        raise IndexError(
+            f"{what} outside every tensor: {int((~inside).sum())} of {inside.size} addresses, "
+            f"program {interpreter.interpreter_builder.grid_idx}"
+        )
 
 
 def check_every_address():
@@ -40,8 +47,12 @@ def check_every_address():
     if getattr(Builder, "bounded", False):
         return
     Builder.bounded = True
-    start, load, store, atomic = (Executor._init_args_hst, Builder.create_masked_load, Builder.create_masked_store,
-                                  Builder.create_atomic_rmw)
+    start, load, store, atomic = (
+        Executor._init_args_hst,
+        Builder.create_masked_load,
+        Builder.create_masked_store,
+        Builder.create_atomic_rmw,
+    )
 
     def launch(self, args, kwargs):
         out = start(self, args, kwargs)

@@ -1,4 +1,7 @@
-"""The bodies of tests/test_gpu.py at small sizes: they should not run for the first time where there is a GPU."""
+"""The bodies of tests/test_gpu.py at small sizes: they should not run for the first time where
+there is a GPU.
+"""
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,26 +37,43 @@ def small(name, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["ssd", "ssd, tail", "conv", "conv, tail", "norm", "norm, tail", "experts",
-                                  "experts, tail", "loss"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ssd",
+        "ssd, tail",
+        "conv",
+        "conv, tail",
+        "norm",
+        "norm, tail",
+        "experts",
+        "experts, tail",
+        "loss",
+    ],
+)
 def test_every_check_runs_and_passes(name, dtype):
     row = small(name, "cpu", dtype)
     assert max(row.values()) <= {torch.float32: 6e-6, torch.bfloat16: 4e-3}[dtype], row
 
 
 def test_a_train_step():
-    config = replace(Config.preset("toy"), hybrid_override_pattern="ME", vocab_size=67, mamba_num_heads=4)
+    config = replace(
+        Config.preset("toy"), hybrid_override_pattern="ME", vocab_size=67, mamba_num_heads=4
+    )
     row = check.train_step("cpu", config, 1, 21)
     assert max(row.values()) < 1e-4 and row["loss"] < 1e-6 and len(row) > 20, row
 
 
 def test_texts():
-    config = replace(Config.preset("toy"), hybrid_override_pattern="M*", vocab_size=67, mamba_num_heads=4)
+    config = replace(
+        Config.preset("toy"), hybrid_override_pattern="M*", vocab_size=67, mamba_num_heads=4
+    )
     assert check.texts("cpu", config, (5, 2), 3, 4) == [True, True]
 
 
 def test_this_file_can_fail(monkeypatch):
     import kernels.norm as kernel
+
     right = kernel.gated_norm
     monkeypatch.setattr(kernel, "gated_norm", lambda y, z, w, groups: right(y, z, w, 1))
     assert max(small("norm", "cpu", torch.float32).values()) > 1e-2

@@ -1,4 +1,7 @@
-"""kernels/conv.py is mamba.causal_conv in fp64: numbers, every gradient, windows, one token at a time, strided inputs."""
+"""kernels/conv.py is mamba.causal_conv in fp64: numbers, every gradient, windows, one token at a
+time, strided inputs.
+"""
+
 import pytest
 import torch
 from conftest import TOLERANCE, close, rms
@@ -12,7 +15,7 @@ NAMES = ("y", "dx", "dweight", "dbias", "dwindow")
 def inputs(t, w, k, dtype=torch.float32, b=1, seed=0):
     r = torch.Generator().manual_seed(seed)
     f = lambda *s: torch.randn(*s, generator=r)
-    x = f(b, t, w + 3).to(dtype)[..., :w]                    # a slice of rows, as in the model
+    x = f(b, t, w + 3).to(dtype)[..., :w]  # a slice of rows, as in the model
     return x, f(w, 1, k), f(w), f(b, k - 1, w).to(dtype)
 
 
@@ -25,7 +28,12 @@ def answers(form, args, o):
 def compare(args, tolerance):
     o = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
     exact = [v.double() for v in args]
-    close(NAMES[:len(args) + 1], answers(kernel.conv, args, o), answers(mamba.causal_conv, exact, o), tolerance)
+    close(
+        NAMES[: len(args) + 1],
+        answers(kernel.conv, args, o),
+        answers(mamba.causal_conv, exact, o),
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -36,7 +44,7 @@ def test_forward_and_backward(t, w, k, dtype):
 
 def test_several_spans(monkeypatch):
     monkeypatch.setattr(kernel, "SPAN", 32)
-    for t in (61, 62):                                       # t + k - 1 on both sides of a span's end
+    for t in (61, 62):  # t + k - 1 on both sides of a span's end
         compare(inputs(t, 8, 4), TOLERANCE[torch.float32])
 
 
@@ -55,7 +63,7 @@ def test_one_token_at_a_time_is_all_of_them():
         y, seen = kernel.conv(x, weight, bias, window)
         steps = []
         for i in range(6):
-            one, padded = kernel.conv(x[:, i:i + 1], weight, bias, window)
+            one, padded = kernel.conv(x[:, i : i + 1], weight, bias, window)
             window = padded[:, 1:]
             steps.append(one)
     assert torch.equal(torch.cat(steps, 1), y) and torch.equal(window, seen[:, 6:])
@@ -73,5 +81,5 @@ def test_this_file_can_fail():
     """Taps the wrong way round; a window that nobody reads."""
     x, weight, bias, window = inputs(9, 24, 4)
     want = mamba.causal_conv(*(v.double() for v in (x, weight, bias, window)))[0]
-    assert rms(kernel.conv(x, weight.flip(-1), bias, window)[0], want) > .1
-    assert rms(kernel.conv(x, weight, bias)[0], want) > .1
+    assert rms(kernel.conv(x, weight.flip(-1), bias, window)[0], want) > 0.1
+    assert rms(kernel.conv(x, weight, bias)[0], want) > 0.1

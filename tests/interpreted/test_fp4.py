@@ -1,9 +1,10 @@
 """
 kernels/fp4.py is nvfp4.py: codes and scales bit for bit, products to fp32's rounding.
 
-Ragged in rows and columns, both tiles, both roundings, row and column copies, the golden inputs whose ties show a
-wrong order of operations.
+Ragged in rows and columns, both tiles, both roundings, row and column copies, the golden inputs
+whose ties show a wrong order of operations.
 """
+
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,9 @@ from conftest import ROOT, rms
 from safetensors.torch import load_file
 
 import nvfp4
-from quant import lowbit
 import train
 from kernels import fp4
+from quant import lowbit
 
 G = load_file(ROOT / "tests" / "golden" / "nvfp4.safetensors")
 INPUTS = sorted(k.split("/")[0] for k in G if k.endswith("/te1d.q"))
@@ -23,7 +24,9 @@ R = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manua
 
 def same(got, want):
     """Codes, scales and amax, bit for bit."""
-    return [bool((a.view(torch.uint8) == b.view(torch.uint8)).all()) for a, b in zip(got, want)] == [True] * 3
+    return [
+        bool((a.view(torch.uint8) == b.view(torch.uint8)).all()) for a, b in zip(got, want)
+    ] == [True] * 3
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -33,14 +36,18 @@ def test_golden_inputs_bit_for_bit(name):
         assert same(fp4.quantize(x, tile), nvfp4.quantize(x, tile)), tile
     if f"{name}/rht.qT" in G:
         q, s, amax = fp4.quantize(x.T, rht=True)
-        assert torch.equal(q, G[f"{name}/rht.qT"]) and torch.equal(s.view(torch.uint8), G[f"{name}/rht.sT"])
+        assert torch.equal(q, G[f"{name}/rht.qT"]) and torch.equal(
+            s.view(torch.uint8), G[f"{name}/rht.sT"]
+        )
         assert torch.equal(amax, G[f"{name}/rht.amax"])
 
 
 @pytest.mark.parametrize("m,k", [(48, 144), (16, 16), (33, 272)])
 def test_ragged_sizes_and_every_byte_of_noise(m, k):
     x = (R(m, k) * R(m, 1, seed=1).exp()).bfloat16()
-    noise = torch.randint(0, 256, x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    noise = torch.randint(
+        0, 256, x.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
     assert same(fp4.quantize(x), nvfp4.quantize(x))
     assert same(fp4.quantize(x, noise=noise), nvfp4.quantize(x, noise=noise))
     if m % 16 == 0:
@@ -57,12 +64,14 @@ def test_fake_is_the_operand_of_the_emulated_product():
 
 def test_philox_has_the_right_mean():
     """0.3 beside 1: six times as much is 1.8, between 1.5 and 2."""
-    x = torch.full((32, 128), .3)
+    x = torch.full((32, 128), 0.3)
     x[:, ::16] = 1
     q, s, amax = fp4.quantize(x, seed=7)
     y = nvfp4.dequantize(nvfp4.NVFP4(q, s, amax))[x != 1]
     low, high = y.unique().tolist()
-    assert low < .3 < high and abs(float(y.mean()) - .3) < (high - low) * (4 * .5 / y.numel() ** .5 + 1 / 256)
+    assert low < 0.3 < high and abs(float(y.mean()) - 0.3) < (high - low) * (
+        4 * 0.5 / y.numel() ** 0.5 + 1 / 256
+    )
     assert not torch.equal(q, fp4.quantize(x, seed=8)[0])
 
 
@@ -87,21 +96,29 @@ def test_the_product_that_decodes():
 
 
 def test_golden_products():
-    g = lambda name: (G[f"gemm/{name}.q"], G[f"gemm/{name}.s"].view(torch.float8_e4m3fn), G[f"gemm/{name}.amax"])
+    g = lambda name: (
+        G[f"gemm/{name}.q"],
+        G[f"gemm/{name}.s"].view(torch.float8_e4m3fn),
+        G[f"gemm/{name}.amax"],
+    )
     y = fp4.gemm(g("x"), g("w"), torch.float32, False, BM=64, BN=32)
     assert (y - G["gemm/y"]).abs().max() < 1e-6 * G["gemm/y"].abs().max()
 
 
 def layer(monkeypatch, text, fast, x, w, dy, count=None):
-    """matmul there and back -> y, dx, dw, and what every operand was rounded to: q, s_b, amax by name."""
+    """matmul there and back -> y, dx, dw, and what every operand was rounded to: q, s_b, amax by
+    name.
+    """
     names, seen = ["fprop x", "fprop w", "dgrad dy", "wgrad dy", "wgrad x"], {}
     if fast or "2d" in text:
-        names.insert(3 if fast else 2, "dgrad w")                           # else the tiles of fprop's
+        names.insert(3 if fast else 2, "dgrad w")  # else the tiles of fprop's
     encode, quantize = nvfp4.encode, fp4.quantize
+
     def emulated(v, *rest):
         q, s, amax = encode(v, *rest)
         seen[names[len(seen)]] = q.reshape(v.shape).clone(), s.expand_as(q).reshape(v.shape), amax
         return q, s, amax
+
     def coded(v, *rest, **more):
         q, s, amax = quantize(v, *rest, **more)
         name, turn = names[len(seen)], v.shape if v.ndim == 3 else (1, *v.shape)
@@ -109,6 +126,7 @@ def layer(monkeypatch, text, fast, x, w, dy, count=None):
         if name in ("dgrad w", "wgrad dy", "wgrad x"):
             seen[name] = *(t.view(turn).mT.flatten(0, 1) for t in seen[name][:2]), amax
         return q, s, amax
+
     monkeypatch.setattr(nvfp4, "encode", emulated)
     monkeypatch.setattr(fp4, "quantize", coded)
     torch.manual_seed(0)
@@ -124,18 +142,26 @@ def layer(monkeypatch, text, fast, x, w, dy, count=None):
 @pytest.mark.parametrize("text", ["nvfp4", "nvfp4-2d", "nvfp4-rht-sr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_from_codes_are_the_emulated_ones(monkeypatch, dtype, text, count):
-    """Output and both gradients of a layer and of stacked experts, sizes that need padding, the same random bytes;
-    every operand's codes and scales bit for bit."""
+    """Output and both gradients of a layer and of stacked experts, sizes that need padding, the
+    same random bytes; every operand's codes and scales bit for bit."""
     E, m = (1, 40) if count is None else (5, sum(count))
-    x, w = (R(m, 24) * R(m, 1, seed=3).exp()).to(dtype), R(E, 40, 24, seed=1) * torch.arange(1., E + 1)[:, None, None]
+    x, w = (
+        (R(m, 24) * R(m, 1, seed=3).exp()).to(dtype),
+        R(E, 40, 24, seed=1) * torch.arange(1.0, E + 1)[:, None, None],
+    )
     count = count if count is None else torch.tensor(count)
-    (want, ops), (got, codes) = (layer(monkeypatch, text, fast, x, w, R(m, 40, seed=9).to(dtype), count) for fast in (False, True))
+    (want, ops), (got, codes) = (
+        layer(monkeypatch, text, fast, x, w, R(m, 40, seed=9).to(dtype), count)
+        for fast in (False, True)
+    )
     if "dgrad w" not in ops:
         ops["dgrad w"] = ops["fprop w"]
     for name in codes:
         assert all(torch.equal(a, b) for a, b in zip(codes[name], ops[name])), name
     for a, b in zip(got, want):
-        assert a.dtype == b.dtype and (a - b).abs().max() <= b.abs().max() * (1e-6 if a.dtype == torch.float32 else 2 ** -8)
+        assert a.dtype == b.dtype and (a - b).abs().max() <= b.abs().max() * (
+            1e-6 if a.dtype == torch.float32 else 2**-8
+        )
 
 
 def test_flushed_shares_are_counted_the_same(monkeypatch):
@@ -145,9 +171,15 @@ def test_flushed_shares_are_counted_the_same(monkeypatch):
         how.flushed = {}
         torch.manual_seed(0)
         x = R(48, 32).relu().square().requires_grad_()
-        lowbit.matmul(x, R(2, 32, 32, seed=1).requires_grad_(), torch.tensor([17, 31]), how).sum().backward()
+        lowbit.matmul(
+            x, R(2, 32, 32, seed=1).requires_grad_(), torch.tensor([17, 31]), how
+        ).sum().backward()
         shares.append({k: v.tolist() for k, v in how.flushed.items()})
-    assert shares[1].pop("dgrad w") == shares[0]["fprop w"] and shares[0] == shares[1] and shares[0]["fprop x"][0] > 0
+    assert (
+        shares[1].pop("dgrad w") == shares[0]["fprop w"]
+        and shares[0] == shares[1]
+        and shares[0]["fprop x"][0] > 0
+    )
 
 
 def test_training_in_four_bits_with_every_kernel(tmp_path):
@@ -155,22 +187,46 @@ def test_training_in_four_bits_with_every_kernel(tmp_path):
     losses = []
     for fast in (False, True):
         lines = []
-        tiny = ("hybrid_override_pattern=EM,hidden_size=32,mamba_num_heads=2,n_routed_experts=4,num_experts_per_tok=2,"
-                "moe_latent_size=16,moe_intermediate_size=32,moe_shared_expert_intermediate_size=32,"
-                "num_nextn_predict_layers=0")
-        run = train.Run(name=f"{fast}", out=str(tmp_path), model=tiny, data="recall", tokenizer="bytes", batch=2, length=16,
-                        eval_tokens=16, prompt="", device="cpu", steps=1, precision="nvfp4-last", fast=fast, diagnose=True)
+        tiny = (
+            "hybrid_override_pattern=EM,hidden_size=32,mamba_num_heads=2,n_routed_experts=4,num_experts_per_tok=2,"
+            "moe_latent_size=16,moe_intermediate_size=32,moe_shared_expert_intermediate_size=32,"
+            "num_nextn_predict_layers=0"
+        )
+        run = train.Run(
+            name=f"{fast}",
+            out=str(tmp_path),
+            model=tiny,
+            data="recall",
+            tokenizer="bytes",
+            batch=2,
+            length=16,
+            eval_tokens=16,
+            prompt="",
+            device="cpu",
+            steps=1,
+            precision="nvfp4-last",
+            fast=fast,
+            diagnose=True,
+        )
         _, rows = train.fit(run, say=lines.append)
         losses.append(rows[-1]["train_nats"])
         text = "\n".join(lines)
-        assert ("NVFP4 by kernels/fp4.py" in text) is fast is ("four bits: kernels/fp4.py" in text) and rows[-1]["fprop_x"] > 0
+        assert ("NVFP4 by kernels/fp4.py" in text) is fast is (
+            "four bits: kernels/fp4.py" in text
+        ) and rows[-1]["fprop_x"] > 0
     assert abs(losses[1] - losses[0]) < 1e-3 * losses[0]
 
 
 def test_bad_input_says_why():
-    for call, why in ((lambda: fp4.quantize(R(4, 17)), "does not divide"), (lambda: fp4.quantize(R(3, 40, 16)), "does not divide"),
-                      (lambda: fp4.gemm(nvfp4.quantize(R(16, 16)), nvfp4.quantize(R(16, 32))), "16 columns, b 32"),
-                      (lambda: fp4.decode(R(2, 16), nvfp4.quantize(R(16, 32))), "16 columns, b 32")):
+    for call, why in (
+        (lambda: fp4.quantize(R(4, 17)), "does not divide"),
+        (lambda: fp4.quantize(R(3, 40, 16)), "does not divide"),
+        (
+            lambda: fp4.gemm(nvfp4.quantize(R(16, 16)), nvfp4.quantize(R(16, 32))),
+            "16 columns, b 32",
+        ),
+        (lambda: fp4.decode(R(2, 16), nvfp4.quantize(R(16, 32))), "16 columns, b 32"),
+    ):
         with pytest.raises(ValueError, match=why):
             call()
 
@@ -181,4 +237,4 @@ def test_this_file_can_fail():
     assert not same(fp4.quantize(x, (16, 16)), nvfp4.quantize(x))
     a, b, exact = products(32, 32, 64)
     wrong = b[0], b[1].view(torch.uint8).flip(1).view(torch.float8_e4m3fn), b[2]
-    assert rms(fp4.gemm(a, wrong, torch.float32, False, BM=32, BN=32, BK=64), exact) > .01
+    assert rms(fp4.gemm(a, wrong, torch.float32, False, BM=32, BN=32, BK=64), exact) > 0.01

@@ -1,4 +1,7 @@
-"""The interpreter is repaired and watched. Without this a new Triton could switch both off and nobody would know."""
+"""The interpreter is repaired and watched. Without this a new Triton could switch both off and
+nobody would know.
+"""
+
 import pytest
 import torch
 import triton
@@ -21,7 +24,7 @@ def matmul(A, B, OUT, N: tl.constexpr):
 def mixed(X, Y, OUT, SUM, N: tl.constexpr):
     i = tl.arange(0, N)
     x, y = tl.load(X + i), tl.load(Y + i)
-    z = tl.where(x > y, x * y + x, x - y)                    # all of it in the dtype of X
+    z = tl.where(x > y, x * y + x, x - y)  # all of it in the dtype of X
     tl.store(OUT + i, z)
     tl.store(SUM, tl.sum(x.to(tl.float32) * y, 0))
 
@@ -36,7 +39,7 @@ def cast(X, OUT, N: tl.constexpr):
 def copy(X, OUT, n, N: tl.constexpr, MASK: tl.constexpr):
     i = tl.arange(0, N)
     if MASK:
-        tl.store(OUT + i, tl.load(X + i, i < n, 0.), i < n)
+        tl.store(OUT + i, tl.load(X + i, i < n, 0.0), i < n)
     else:
         tl.store(OUT + i, tl.load(X + i), i < n)
 
@@ -52,13 +55,15 @@ def test_bf16_arithmetic_rounds_after_every_operation():
     x, y = torch.randn(2, 256).bfloat16()
     out, s = torch.empty_like(x), torch.empty(1)
     mixed[(1,)](x, y, out, s, 256)
-    assert torch.equal(out, torch.where(x > y, x * y + x, x - y))            # torch rounds every step too
+    assert torch.equal(out, torch.where(x > y, x * y + x, x - y))  # torch rounds every step too
     assert rms(s[0], (x.double() * y.double()).sum()) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_casts_round_to_nearest_even(dtype):
-    x = torch.cat([torch.randn(2048) * 10 ** torch.linspace(-3, 1, 2048), torch.linspace(-4, 4, 2048)])
+    x = torch.cat(
+        [torch.randn(2048) * 10 ** torch.linspace(-3, 1, 2048), torch.linspace(-4, 4, 2048)]
+    )
     out = torch.empty(4096).to(dtype)
     cast[(1,)](x, out, 4096)
     assert torch.equal(out.float(), x.to(dtype).float())
@@ -90,5 +95,5 @@ def test_the_kernels_know_that_they_are_interpreted():
 def test_this_file_can_fail():
     """The stock interpreter multiplies the bit patterns of bf16 as integers."""
     a, b = torch.randn(2, 32, 32).bfloat16()
-    bits = (a.view(torch.int16).double() @ b.view(torch.int16).double())
+    bits = a.view(torch.int16).double() @ b.view(torch.int16).double()
     assert rms(bits, a.double() @ b.double()) > 1e3

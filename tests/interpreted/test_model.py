@@ -1,4 +1,7 @@
-"""The whole model with fast=True: trained, prefilled in chunks, ragged, and sampled, it is the readable model."""
+"""The whole model with fast=True: trained, prefilled in chunks, ragged, and sampled, it is the
+readable model.
+"""
+
 import copy
 
 import pytest
@@ -10,9 +13,18 @@ from model import Config, Nemotron, paths
 
 
 def models():
-    """Two Mamba layers around attention, 4 heads in 2 groups; the same weights with and without kernels."""
-    c = Config(**{**vars(Config.preset("toy")), "hybrid_override_pattern": "M*M", "vocab_size": 64, "mamba_num_heads": 4,
-                  "num_nextn_predict_layers": 0})
+    """Two Mamba layers around attention, 4 heads in 2 groups; the same weights with and without
+    kernels.
+    """
+    c = Config(
+        **{
+            **vars(Config.preset("toy")),
+            "hybrid_override_pattern": "M*M",
+            "vocab_size": 64,
+            "mamba_num_heads": 4,
+            "num_nextn_predict_layers": 0,
+        }
+    )
     plain = Nemotron(c, seed=0)
     fast = copy.deepcopy(plain)
     table = paths(fast, True)
@@ -33,7 +45,7 @@ def test_training_is_the_same():
         out.append((logits, {n: p.grad for n, p in m.named_parameters()}))
     assert rms(out[1][0], out[0][0]) < 1e-5
     worst = {n: rms(out[1][1][n], g) for n, g in out[0][1].items()}
-    assert max(worst.values()) < 1e-4, worst                 # A_log and dt_bias are small sums of large numbers
+    assert max(worst.values()) < 1e-4, worst  # A_log and dt_bias are small sums of large numbers
 
 
 def test_prefill_in_chunks_ragged_and_sampling_are_the_same():
@@ -43,7 +55,12 @@ def test_prefill_in_chunks_ragged_and_sampling_are_the_same():
         out = []
         for m in (plain, fast):
             cache = m.new_cache(2)
-            pieces = [m(text[:, :5], cache), m(text[:, 5:26], cache, count), m(text[:, 26:27], cache), m(text[:, 27:], cache)]
+            pieces = [
+                m(text[:, :5], cache),
+                m(text[:, 5:26], cache, count),
+                m(text[:, 26:27], cache),
+                m(text[:, 27:], cache),
+            ]
             out.append(torch.cat([pieces[0], pieces[1][:, :18], *pieces[2:]], 1))
     assert rms(out[1], out[0]) < 1e-5
 
@@ -51,7 +68,9 @@ def test_prefill_in_chunks_ragged_and_sampling_are_the_same():
 def test_a_cached_call_with_a_gradient_says_that_there_is_none():
     mixer = Mamba2(32, 4, 16, 2, 16)
     mixer.fast = mixer.norm.fast = True
-    cache = Nemotron(Config(**{**vars(Config.preset("toy")), "hybrid_override_pattern": "M", "vocab_size": 8})).new_cache(1)
+    cache = Nemotron(
+        Config(**{**vars(Config.preset("toy")), "hybrid_override_pattern": "M", "vocab_size": 8})
+    ).new_cache(1)
     with pytest.raises(ValueError, match="has no gradient"):
         mixer(torch.randn(1, 3, 32), cache.layers[0])
 
@@ -59,5 +78,5 @@ def test_a_cached_call_with_a_gradient_says_that_there_is_none():
 def test_this_file_can_fail():
     plain, fast = models()
     with torch.no_grad():
-        fast.backbone.layers[0].mixer.norm.groups = 1        # fast reads it: another norm
+        fast.backbone.layers[0].mixer.norm.groups = 1  # fast reads it: another norm
         assert rms(fast(ids(1, 20)), plain(ids(1, 20))) > 1e-3

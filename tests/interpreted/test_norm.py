@@ -1,4 +1,7 @@
-"""kernels/norm.py is mamba.GatedNorm in fp64: numbers and gradients, groups of awkward sizes, strided inputs."""
+"""kernels/norm.py is mamba.GatedNorm in fp64: numbers and gradients, groups of awkward sizes,
+strided inputs.
+"""
+
 import pytest
 import torch
 from conftest import TOLERANCE, close, rms
@@ -11,9 +14,16 @@ NAMES = ("out", "dy", "dz", "dw")
 
 def inputs(t, groups, own, dtype, b=1, seed=0):
     r = torch.Generator().manual_seed(seed)
-    wide = torch.randn(b, t, 2 * groups * own + 5, generator=r).to(dtype)    # y and z are slices of rows
+    wide = torch.randn(b, t, 2 * groups * own + 5, generator=r).to(
+        dtype
+    )  # y and z are slices of rows
     y, z, _ = wide.split([groups * own, groups * own, 5], -1)
-    return y, z, torch.randn(groups * own, generator=r), torch.randn(b, t, groups * own, generator=r).to(dtype)
+    return (
+        y,
+        z,
+        torch.randn(groups * own, generator=r),
+        torch.randn(b, t, groups * own, generator=r).to(dtype),
+    )
 
 
 def definition(y, z, weight, o, groups):
@@ -50,4 +60,4 @@ def test_this_file_can_fail():
     args = inputs(4, 3, 48, torch.float32)
     assert rms(fast(*args, 1)[0], definition(*args, 3)[0]) > 1e-2
     y, z, weight, o = args
-    assert rms(fast(y, -z, weight, o, 3)[2], definition(*args, 3)[2]) > .1
+    assert rms(fast(y, -z, weight, o, 3)[2], definition(*args, 3)[2]) > 0.1
