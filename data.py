@@ -33,7 +33,7 @@ import torch
 
 # data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so
 # on.
-from tokenizer import encode, token_bytes, tokenizer, vocab_size
+from tokenizer import encode, pack, token_bytes, tokenizer, unpack, vocab_size  # noqa: F401 (callers say data.pack)
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download writes
 URLS = {
