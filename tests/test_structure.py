@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = {
     "attention": (),
     "checkpoint": (),
+    "command": (),
     "config": (),
     "latent_moe": (),
     "mamba": (),
@@ -235,6 +236,7 @@ def run(*args, cwd, env=()):
     "name",
     [
         "config",
+        "command",
         "scale.budget",
         "attention",
         "mamba",
