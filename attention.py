@@ -1,22 +1,24 @@
 """
 Attention as Nemotron 3 has it: few layers of it, few key and value heads, and no positions at all.
 
-    y_i = sum over j <= i of  softmax_j(q_i . k_j / sqrt(e))  v_j       per query head; in Super 16 share k and v
+    y_i = sum over j <= i of  softmax_j(q_i . k_j / sqrt(e))  v_j          for each query head
 
-Without positions (NoPE) a query cannot tell in which order the keys came: the Mamba layers in front
-of it have written that into them. So nothing has to be stretched when the text grows from 4
-thousand tokens to a million.
+In Super 16 query heads share one k and one v. Without positions (NoPE) a query cannot tell in which
+order the keys came: the Mamba layers in front of it have written that into them. So nothing has to
+be stretched when the text grows from 4 thousand tokens to a million.
 
 A million tokens are read in pieces. A piece attends to the keys before it, all of them, and to its
 own, a triangle: two plain products with a softmax each, merged by the sums below them
 (attend_in_two), never a mask of t x L numbers.
 
 Letters   b batch  t new tokens  L all tokens  h query heads  e head dim
-Super     h=32 e=128, 2 key and value heads: 1,024 bytes a token and layer in bf16, in 8 layers of
-          88
-Not here  kernels: torch's own are this idea at full speed. Slices of a sequence on many ranks: parallel.py
+Super     h=32 e=128, 2 key and value heads, in 8 layers of 88: 1,024 bytes a token and layer (bf16)
+Not here  kernels: torch's own are this idea at full speed
+          slices of a sequence on many ranks: scale/parallel.py
 Sources   arXiv:2604.12374 section 2.1; arXiv:2305.13245 (shared heads), 2305.19466 (no positions)
 """
+
+import time
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,7 @@ from torch import nn
 
 
 class KV:
-    """What an attention layer remembers: keys and values (b, kv heads, L, e), and how much each row
-    has read.
+    """What an attention layer remembers: k and v (b, kv heads, L, e), and each row's length (b,).
 
     Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a
     row's own length is never looked at, so `drop`ping tokens from the end moves no data.
@@ -35,12 +36,15 @@ class KV:
 
     def __init__(self):
         self.k = self.v = self.length = None
-        self.used, self.even = 0, True  # the longest row; whether all rows are as long
+        self.used = 0  # the longest row's length
+        self.even = True  # whether all rows are as long
         self.fixed = False
 
     def fix(self, room):
-        """From here on the buffer has room for `room` tokens, and tensors say where each row
-        writes. So one step is like the next in all but numbers, and can be compiled once."""
+        """From here on: room for `room` tokens, and tensors say where each row writes.
+
+        So one step is like the next in all but numbers, and can be compiled once.
+        """
         self.k, self.v = (F.pad(x, (0, 0, 0, room - x.shape[2])) for x in (self.k, self.v))
         self.used, self.even, self.fixed = room, False, True
 
@@ -56,21 +60,19 @@ class KV:
             self.even = bool((self.length == self.used).all())
 
     def append(self, k, v, count=None):
-        """Adds t tokens a row, count (b,) of them real -> all keys, all values, where the t tokens
-        begin.
-        """
+        """Adds t tokens a row, count (b,) of them real -> all keys, all values, where t begins."""
         b, heads, t, e = k.shape
         if self.k is None:
             self.k, self.v = k.new_zeros(b, heads, 0, e), v.new_zeros(b, heads, 0, e)
             self.length = torch.zeros(b, dtype=torch.long, device=k.device)
         if not self.fixed and self.used + t > self.k.shape[2]:
-            self.k, self.v = (
-                F.pad(old, (0, 0, 0, max(self.used, t, 64))) for old in (self.k, self.v)
-            )
+            more = max(self.used, t, 64)
+            self.k, self.v = (F.pad(old, (0, 0, 0, more)) for old in (self.k, self.v))
         self.even = self.even and count is None
         first = self.used if self.even else self.length
         if self.even:
-            self.k[:, :, first : first + t], self.v[:, :, first : first + t] = k, v
+            self.k[:, :, first : first + t] = k
+            self.v[:, :, first : first + t] = v
         else:
             at = (first[:, None] + torch.arange(t, device=k.device))[:, None, :, None]
             self.k.scatter_(2, at.expand_as(k), k)
@@ -81,10 +83,10 @@ class KV:
 
 
 def attend(q, k, v, first):
-    """Causal attention of new queries over all keys: query i of a row is at first + i, and sees up
-    to there.
+    """Causal attention of new queries over all keys: query i of a row stands at first + i.
 
-    q (b, h, t, e)   k, v (b, kv heads, L, e)   first: a number, or (b,) when rows differ   -> (b, h, t, e)
+    q (b, h, t, e)   k, v (b, kv heads, L, e)   -> (b, h, t, e)
+    first: a number, or (b,) when rows differ
     """
     (b, _, t, _), L = q.shape, k.shape[2]
     even = isinstance(first, int)
@@ -105,25 +107,21 @@ def attend(q, k, v, first):
 
 
 def attend_in_two(q, k, v, first):
-    """The same of even rows, without a mask, so that its cost is the products' at any length: the
-    keys before the queries, of which every query sees all, and the queries' own, a triangle. A
+    """`attend` for rows of one length, without a mask: its cost is that of the products alone.
+
+    Every query sees all of the keys before the queries, and a triangle of the queries' own. A
     softmax over both is a mean of the two, weighted by the sums of exponentials below each, whose
-    logs torch's CPU kernel also gives."""
-    flash = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    )  # (y, log of the sum); no gradient of it
-    past, own = (
-        flash(q, k[:, :, part], v[:, :, part], 0.0, causal)
-        for part, causal in ((slice(first), False), (slice(first, None), True))
-    )
+    logs torch's CPU kernel gives too. It has no gradient of them.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # -> (y, log of the sum)
+    past = flash(q, k[:, :, :first], v[:, :, :first], 0.0, False)
+    own = flash(q, k[:, :, first:], v[:, :, first:], 0.0, True)
     both = torch.logaddexp(past[1], own[1])  # (b, h, t)
     return sum(y * (log - both).exp()[..., None].to(y.dtype) for y, log in (past, own))
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention without positions: many query heads share few key and value
-    heads.
-    """
+    """Grouped-query causal attention without positions: many query heads share few of k and v."""
 
     def __init__(self, d, heads, kv_heads, head_dim):
         super().__init__()
@@ -132,50 +130,48 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, d, bias=False)
-        self.attend = attend  # seam: parallel.py's, for slices of a sequence
+        self.attend = attend  # seam: scale/parallel.py
 
     def forward(self, u, cache=None, count=None):  # (b, t, d) -> (b, t, d)
         q, k, v = (
             proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, h or kv heads, t, e)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = self.attend(q, *((k, v, 0) if cache is None else cache.append(k, v, count)))
+        first = 0
+        if cache is not None:
+            k, v, first = cache.append(k, v, count)
+        y = self.attend(q, k, v, first)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
+@torch.no_grad()
 def main():
-    """Prints what the file claims: cut anywhere, the same; blind to order; a cache 16 times
-    smaller; no mask.
-    """
-    import time
-
+    """Prints what the file claims: cut anywhere, the same; blind to order; no mask."""
+    torch.set_num_threads(1)  # these sizes gain nothing from more, and a busy machine loses much
     torch.manual_seed(0)
-    layer, x = Attention(256, 16, 1, 16).double(), torch.randn(1, 300, 256, dtype=torch.float64)
-    with torch.no_grad():
-        whole, cache = layer(x), KV()
-        pieces = torch.cat([layer(p, cache) for p in x.split([1, 130, 60, 1, 108], 1)], 1)
-        print(
-            f"300 tokens read as 1 + 130 + 60 + 1 + 108: largest difference {(pieces - whole).abs().max():.1e}"
-        )
-        order = torch.cat([torch.randperm(299), torch.tensor([299])])
-        moved = (layer(x[:, order]) - whole)[:, -1].abs().max()
-        print(f"the 299 tokens before the last shuffled: its output moves by {moved:.1e}")
-        print(
-            "\n1,024 queries at the end of L keys, 16 heads of 16 numbers, milliseconds on this CPU"
-        )
-        print(
-            f"{'L':>8} {'in two':>9} {'one mask':>9} {'key and value cache, 1 head':>30} {'16 heads':>10}"
-        )
-        q = torch.randn(1, 16, 1024, 16)
-        for L in (2048, 4096, 16384):
-            k, v, took = torch.randn(1, 1, L, 16), torch.randn(1, 1, L, 16), []
-            for first in (L - 1024, torch.tensor([L - 1024])):  # rows that may differ take the mask
-                start = time.perf_counter()
-                attend(q, k, v, first)
-                took.append(1e3 * (time.perf_counter() - start))
-            print(
-                f"{L:8,} {took[0]:9.1f} {took[1]:9.1f} {8 * L * 16 / 1e6:27.1f} MB {16 * 8 * L * 16 / 1e6:7.1f} MB"
-            )
+    layer = Attention(256, 16, 1, 16).double()
+    x = torch.randn(1, 300, 256, dtype=torch.float64)
+    y, cache = layer(x), KV()
+    pieces = torch.cat([layer(p, cache) for p in x.split([1, 130, 60, 1, 108], 1)], 1)
+    gap = (pieces - y).abs().max()
+    print(f"300 tokens read as 1 + 130 + 60 + 1 + 108: largest difference {gap:.1e}")
+    order = torch.cat([torch.randperm(299), torch.tensor([299])])
+    moved = (layer(x[:, order]) - y)[:, -1].abs().max()
+    print(f"the 299 tokens before the last shuffled: its output moves by {moved:.1e}")
+
+    print("\n1,024 queries at the end of L keys, 16 heads of 16 numbers")
+    print(f"{'':8} {'ms of one CPU core':>19} {'key and value cache':>26}")
+    print(f"{'L':>8} {'in two':>9} {'one mask':>9} {'1 head':>15} {'16 heads':>10}")
+    q = torch.randn(1, 16, 1024, 16)
+    for L in (2048, 4096, 16384):
+        k, v = torch.randn(2, 1, 1, L, 16)
+        took = []
+        for first in (L - 1024, torch.tensor([L - 1024])):  # rows that may differ take the mask
+            start = time.process_time()
+            attend(q, k, v, first)
+            took.append(1e3 * (time.process_time() - start))
+        one = 8 * L * 16 / 1e6  # megabytes, in fp32
+        print(f"{L:8,} {took[0]:9.1f} {took[1]:9.1f} {one:12.1f} MB {16 * one:7.1f} MB")
 
 
 if __name__ == "__main__":
