@@ -11,11 +11,16 @@ A million tokens are read in pieces. A piece attends to the keys before it, all 
 own, a triangle: two plain products with a softmax each, merged by the sums below them
 (attend_in_two), never a mask of t x L numbers.
 
+Nemotron 3 never uses them, but a stack of attention alone needs positions, and a fair baseline has
+them: `rotate` turns the pair (x_i, x_(i + e/2)) of every query and key at position n by the angle
+n base^(-2i/e), so that q . k depends on how far apart the two stand.
+
 Letters   b batch  t new tokens  L all tokens  h query heads  e head dim
 Super     h=32 e=128, 2 key and value heads, in 8 layers of 88: 1,024 bytes a token and layer (bf16)
 Not here  kernels: torch's own are this idea at full speed
           slices of a sequence on many ranks: scale/parallel.py
-Sources   arXiv:2604.12374 section 2.1; arXiv:2305.13245 (shared heads), 2305.19466 (no positions)
+Sources   arXiv:2604.12374 section 2.1; arXiv:2305.13245 (shared heads), 2305.19466 (no positions),
+          2104.09864 (rotary ones)
 """
 
 import time
@@ -59,6 +64,12 @@ class KV:
             self.used = int(self.length.max())
             self.even = bool((self.length == self.used).all())
 
+    def first(self, count=None):
+        """The position of the next token: a number, or (b,) when rows may differ."""
+        if self.length is None:
+            return 0
+        return self.used if self.even and count is None else self.length
+
     def append(self, k, v, count=None):
         """Adds t tokens a row, count (b,) of them real -> all keys, all values, where t begins."""
         b, heads, t, e = k.shape
@@ -68,8 +79,8 @@ class KV:
         if not self.fixed and self.used + t > self.k.shape[2]:
             more = max(self.used, t, 64)
             self.k, self.v = (F.pad(old, (0, 0, 0, more)) for old in (self.k, self.v))
+        first = self.first(count)
         self.even = self.even and count is None
-        first = self.used if self.even else self.length
         if self.even:
             self.k[:, :, first : first + t] = k
             self.v[:, :, first : first + t] = v
@@ -80,6 +91,21 @@ class KV:
         self.used += 0 if self.fixed else t
         self.length = self.length + (t if count is None else count)
         return self.k[:, :, : self.used], self.v[:, :, : self.used], first
+
+
+def rotate(x, first, base):
+    """Rotary positions: x (b, h, t, e) of tokens at first, first + 1, ... -> the same, turned; e is
+    even. first: a number, or (b,) when rows differ.
+    """
+    t, e = x.shape[-2:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    at = torch.arange(t, device=x.device)
+    at = at + (first if isinstance(first, int) else first[:, None, None])  # (t,) or (b, 1, t)
+    speed = base ** (-torch.arange(0, e, 2, device=x.device, dtype=wide) / e)  # (e/2,)
+    angle = at[..., None] * speed  # (t, e/2) or (b, 1, t, e/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    real, imaginary = x.chunk(2, -1)
+    return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
 
 
 def attend(q, k, v, first):
@@ -121,11 +147,15 @@ def attend_in_two(q, k, v, first):
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention without positions: many query heads share few of k and v."""
+    """Grouped-query causal attention: many query heads share few of k and v. rotary_base: None, as
+    Nemotron 3 has no positions, or that of a baseline's rotary ones.
+    """
 
-    def __init__(self, d, heads, kv_heads, head_dim):
+    def __init__(self, d, heads, kv_heads, head_dim, rotary_base=None):
         super().__init__()
-        self.head_dim = head_dim
+        if rotary_base and head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of numbers: head_dim={head_dim} is odd")
+        self.head_dim, self.rotary_base = head_dim, rotary_base
         self.q_proj = nn.Linear(d, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
@@ -137,7 +167,9 @@ class Attention(nn.Module):
             proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, h or kv heads, t, e)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        first = 0
+        first = 0 if cache is None else cache.first(count)
+        if self.rotary_base:
+            q, k = (rotate(x, first, self.rotary_base) for x in (q, k))
         if cache is not None:
             k, v, first = cache.append(k, v, count)
         y = self.attend(q, k, v, first)

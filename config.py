@@ -53,7 +53,7 @@ HF_WORDS = dict(
 @dataclass(frozen=True)
 class Config:
     """The released config.json's fields under their own names, in Super's sizes. `preset` has the
-    others.
+    others. rotary_base is ours alone: for a baseline, never written to nor read from a config.json.
     """
 
     hybrid_override_pattern: str = (
@@ -64,6 +64,7 @@ class Config:
     num_attention_heads: int = 32
     num_key_value_heads: int = 2
     head_dim: int = 128
+    rotary_base: float | None = None  # None: no positions, as in every release
     mamba_num_heads: int = 128
     mamba_head_dim: int = 64
     ssm_state_size: int = 128
@@ -175,7 +176,7 @@ class Config:
             for k, v in FIXED.items()
             if given.get(k, v) != v
         ]
-        known = {f.name for f in fields(Config)}
+        known = {f.name for f in fields(Config)} - {"rotary_base"}
         refused += [
             f"{k}={v!r} (unknown field)" for k, v in given.items() if k not in known | set(FIXED)
         ]
@@ -189,7 +190,12 @@ class Config:
         """The dict to write as config.json: what transformers' NemotronHConfig and other loaders
         read.
         """
-        ours = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.rotary_base:
+            raise ValueError(
+                f"rotary_base={self.rotary_base}: nemotron_h has attention without positions, so "
+                "other loaders would read another model"
+            )
+        ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rotary_base"}
         return dict(
             architectures=["NemotronHForCausalLM"],
             model_type="nemotron_h",

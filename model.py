@@ -57,7 +57,11 @@ class Block(nn.Module):
             )
         elif letter == "*":
             self.mixer = Attention(
-                c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+                c.hidden_size,
+                c.num_attention_heads,
+                c.num_key_value_heads,
+                c.head_dim,
+                c.rotary_base,
             )
         elif letter == "E":
             self.mixer = LatentMoE(

@@ -1,5 +1,5 @@
 """attention.py against a softmax written as a loop over queries: rows alike and not, masks and
-none, gradients.
+none, gradients; rotary positions as turns of complex numbers.
 """
 
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import rms
 
-from attention import Attention, attend, attend_in_two
+from attention import KV, Attention, attend, attend_in_two, rotate
 
 
 def softmax_loop(q, k, v, first, group=lambda i, h, kv: i // (h // kv)):
@@ -114,6 +114,95 @@ def test_attention_layer_is_its_equation():
     assert rms(m(u), y.transpose(1, 2).reshape(2, 8, 30) @ m.o_proj.weight.T) <= 1e-12
 
 
+# Rotary positions
+
+
+def turned(x, first, base):
+    """One number at a time: the pair (i, i + e/2) is a complex number, times exp(i n base^(-2i/e))."""
+    (b, h, t, e), y = x.shape, torch.empty_like(x)
+    for row in range(b):
+        for n in range(t):
+            at = n + int(first if isinstance(first, int) else first[row])
+            for i in range(e // 2):
+                turn = complex(
+                    math.cos(at * base ** (-2 * i / e)), math.sin(at * base ** (-2 * i / e))
+                )
+                for head in range(h):
+                    z = complex(x[row, head, n, i], x[row, head, n, i + e // 2]) * turn
+                    y[row, head, n, i], y[row, head, n, i + e // 2] = z.real, z.imag
+    return y
+
+
+@pytest.mark.parametrize("first", [0, 5, torch.tensor([3, 70])])
+def test_rotary_positions_turn_complex_numbers(first):
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    assert rms(rotate(x, first, 100.0), turned(x, first, 100.0)) <= 1e-12
+    assert rms(rotate(x.float(), first, 100.0).double(), turned(x, first, 100.0)) <= 1e-6
+
+
+def test_rotary_positions_are_those_of_others():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    x, at = torch.randn(1, 2, 9, 8), torch.arange(4, 13)
+    angle = (at[:, None] * 10000 ** (-torch.arange(0, 8, 2) / 8)).repeat(1, 2)[None]
+    want, _ = llama.apply_rotary_pos_emb(x, x, angle.cos(), angle.sin())
+    assert rms(rotate(x, 4, 10000), want) <= 1e-6
+
+
+def test_rotary_products_know_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 7, 10, dtype=torch.float64)
+    scores = lambda first: rotate(q, first, 50.0) @ rotate(k, first, 50.0).mT
+    assert rms(scores(0), scores(1234)) <= 1e-10
+    assert rms(rotate(q, 1, 50.0) @ rotate(k, 0, 50.0).mT, scores(0)) > 0.1
+
+
+def rotary_layer():
+    torch.manual_seed(0)
+    layer = Attention(12, heads=4, kv_heads=2, head_dim=6, rotary_base=20.0).double()
+    return layer, torch.randn(3, 40, 12, dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_a_rotary_layer_is_its_equation_and_minds_the_order():
+    layer, u = rotary_layer()
+    q, k, v = (
+        (u @ m.weight.T).unflatten(-1, (-1, 6)).transpose(1, 2)
+        for m in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    y = softmax_loop(turned(q, 0, 20.0), turned(k, 0, 20.0), v, 0)
+    assert rms(layer(u), layer.o_proj(y.transpose(1, 2).flatten(2))) <= 1e-12
+    order = torch.cat([torch.randperm(39), torch.tensor([39])])
+    assert rms(layer(u[:, order])[:, -1], layer(u)[:, -1]) > 1e-2
+    layer.rotary_base = None
+    assert rms(layer(u[:, order])[:, -1], layer(u)[:, -1]) <= 1e-12
+
+
+@torch.no_grad()
+def test_rotary_positions_from_a_cache():
+    """Read in pieces; tokens read and dropped; rows of unequal lengths; a buffer of fixed size."""
+    layer, u = rotary_layer()
+    whole, cache = layer(u), KV()
+    pieces = [layer(p, cache) for p in u[:, :30].split([1, 13, 7, 9], 1)]
+    layer(u[:, :3], cache)
+    cache.drop(3)
+    pieces += [layer(p, cache) for p in u[:, 30:].split([1, 4, 5], 1)]
+    assert rms(torch.cat(pieces, 1), whole) <= 1e-12
+
+    cache, count = KV(), torch.tensor([8, 3, 5])
+    assert rms(layer(u[:, :8], cache, count)[0], whole[0, :8]) <= 1e-12
+    for fix in (False, True):
+        if fix:
+            cache.fix(64)
+        for step in range(3):
+            at = cache.length.clone()
+            new = u[torch.arange(3), at][:, None]
+            assert rms(layer(new, cache)[:, 0], whole[torch.arange(3), at]) <= 1e-12
+
+
+def test_what_rotary_positions_cannot_do_is_said():
+    with pytest.raises(ValueError, match="head_dim=5 is odd"):
+        Attention(7, 2, 1, 5, rotary_base=10000.0)
+
+
 def test_this_file_can_fail():
     """Two parts of the keys averaged without their sums, or the sums swapped: far from the softmax
     of both.
@@ -126,3 +215,6 @@ def test_this_file_can_fail():
         q, k[:, :, :7], v[:, :, :7], enable_gqa=True
     )
     assert rms((own + past) / 2, want) > 0.1
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    assert rms(rotate(x, 1, 100.0), turned(x, 0, 100.0)) > 1e-2  # one position late
+    assert rms(rotate(x, 0, 101.0), turned(x, 0, 100.0)) > 1e-4  # another base

@@ -686,6 +686,11 @@ def test_config_there_and_back(name):
     config = Config.preset(name)
     assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
     assert Config.from_hf(config.to_hf() | dict(transformers_version="6", auto_map={})) == config
+    rotary = replace(config, rotary_base=1e4)  # a baseline of ours, which no other loader knows
+    with pytest.raises(ValueError, match="rotary_base=10000.0: nemotron_h has attention without"):
+        rotary.to_hf()
+    with pytest.raises(ValueError, match="rotary_base=10000.0 .unknown field"):
+        Config.from_hf(config.to_hf() | dict(rotary_base=1e4))
 
 
 # Memory
