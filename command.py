@@ -156,12 +156,25 @@ def check(settings, name=flag):
     return settings
 
 
+def build(kind, given, where, over=None):
+    """A `kind` from what another place holds (a file, perhaps of another version), with `over` over
+    it. ValueError names what this version does not know, or does not allow.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: {brief(given)} is no table of fields")
+    if strange := sorted(set(given) - {f.name for f in fields(kind)}):
+        raise ValueError(
+            f"{where}: {brief(', '.join(strange))} is unknown here: was another version its writer?"
+        )
+    return check(kind(**{**given, **(over or {})}), lambda f: f"{where}: {f.name}")
+
+
 def value(f, text):
     """A text as a command line has it -> what the field holds; ValueError ends the sentence."""
     one, bounds = kind(f), f.metadata["bounds"]
     if text == "None" and NoneType in kinds(f):
         return None
-    words = dict(true=True, false=False)
+    words = {"true": True, "1": True, "false": False, "0": False}
     try:
         x = words[text.lower()] if one is bool else one(text)
     except (ValueError, KeyError):
@@ -324,7 +337,7 @@ def document(path, kind=dict):
     mark are read too.
     """
     try:
-        found = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{path} is no JSON: {brief(str(e))[1:-1]}") from None
     if not isinstance(found, kind):

@@ -18,6 +18,9 @@ Departs   initializer_range is the 0.014 of pre-training; the released config.js
 
 from dataclasses import dataclass, fields
 
+import command
+from command import knob
+
 LETTERS = {"M": "Mamba-2", "*": "attention", "E": "LatentMoE", "-": "MLP"}
 # Fields of config.json that change nothing here, and fields of which only one value is implemented.
 IGNORED = set(
@@ -56,50 +59,62 @@ class Config:
     others. rotary_base is ours alone: for a baseline, never written to nor read from a config.json.
     """
 
-    hybrid_override_pattern: str = (
-        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
+    hybrid_override_pattern: str = knob(
+        "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+        least=1,
+        most=1024,
     )
-    vocab_size: int = 131072
-    hidden_size: int = 4096
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 2
-    head_dim: int = 128
-    rotary_base: float | None = None  # None: no positions, as in every release
-    mamba_num_heads: int = 128
-    mamba_head_dim: int = 64
-    ssm_state_size: int = 128
-    n_groups: int = 8
-    conv_kernel: int = 4
-    use_conv_bias: bool = True
-    chunk_size: int = 128
-    n_routed_experts: int = 512
-    num_experts_per_tok: int = 22
-    moe_latent_size: int | None = 1024  # None: experts at full width, as in Nano
-    moe_intermediate_size: int = 2688
-    moe_shared_expert_intermediate_size: int = 5376
-    routed_scaling_factor: float = 5.0
-    norm_topk_prob: bool = True
-    intermediate_size: int = 2688  # of `-` layers
-    num_nextn_predict_layers: int = 1  # MTP blocks stored, and ...
-    mtp_num_layers: int = 2  # ... depths trained with them (Megatron's name)
-    mtp_hybrid_override_pattern: str = "*E"
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.014
-    time_step_min: float = 0.001  # of the initial dt; nothing is ever clamped to it
-    time_step_max: float = 0.1
-    time_step_floor: float = 0.0001
-    max_position_embeddings: int = 262144  # what serving reserves; trained to 1,048,576
-    bos_token_id: int | None = 1
-    eos_token_id: int | list | None = 2
-    pad_token_id: int | None = 0
+    vocab_size: int = knob(131072, least=1, most=1 << 24)
+    hidden_size: int = knob(4096, least=1, most=1 << 18)
+    num_attention_heads: int = knob(32, least=1, most=1 << 12)
+    num_key_value_heads: int = knob(2, least=1, most=1 << 12)
+    head_dim: int = knob(128, least=1, most=1 << 12)
+    rotary_base: float | None = knob(
+        None, "None: no positions, as in every release", above=1, most=1e12
+    )
+    mamba_num_heads: int = knob(128, least=1, most=1 << 12)
+    mamba_head_dim: int = knob(64, least=1, most=1 << 12)
+    ssm_state_size: int = knob(128, least=1, most=1 << 12)
+    n_groups: int = knob(8, least=1, most=1 << 12)
+    conv_kernel: int = knob(4, least=1, most=64)
+    use_conv_bias: bool = knob(True)
+    chunk_size: int = knob(128, least=1, most=1 << 16)
+    n_routed_experts: int = knob(512, least=1, most=1 << 16)
+    num_experts_per_tok: int = knob(22, least=1, most=1 << 16)
+    moe_latent_size: int | None = knob(
+        1024, "None: experts at full width, as in Nano", least=1, most=1 << 18
+    )
+    moe_intermediate_size: int = knob(2688, least=1, most=1 << 20)
+    moe_shared_expert_intermediate_size: int = knob(5376, least=1, most=1 << 20)
+    routed_scaling_factor: float = knob(5.0, above=0, most=1e4)
+    norm_topk_prob: bool = knob(True)
+    intermediate_size: int = knob(2688, "of `-` layers", least=1, most=1 << 20)
+    num_nextn_predict_layers: int = knob(1, "MTP blocks stored, and ...", least=0, most=16)
+    mtp_num_layers: int = knob(
+        2, "... depths trained with them (Megatron's name)", least=1, most=16
+    )
+    mtp_hybrid_override_pattern: str = knob("*E", least=1, most=64)
+    layer_norm_epsilon: float = knob(1e-5, above=0, most=1)
+    initializer_range: float = knob(0.014, above=0, most=10)
+    time_step_min: float = knob(
+        0.001, "of the initial dt; nothing is ever clamped to it", above=0, most=1e4
+    )
+    time_step_max: float = knob(0.1, above=0, most=1e4)
+    time_step_floor: float = knob(0.0001, above=0, most=1e4)
+    max_position_embeddings: int = knob(
+        262144, "what serving reserves; trained to 1,048,576", least=1, most=10**9
+    )
+    bos_token_id: int | None = knob(1, least=0, most=1 << 24)
+    eos_token_id: int | list | None = knob(2, least=0, most=1 << 24)
+    pad_token_id: int | None = knob(0, least=0, most=1 << 24)
 
     def __post_init__(self):
+        command.check(self, lambda f: f.name)
         for name in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):
-            wrong = sorted(set(getattr(self, name)) - set(LETTERS))
-            if wrong or not getattr(self, name):
+            if wrong := sorted(set(getattr(self, name)) - set(LETTERS)):
                 raise ValueError(
-                    f"{name} {getattr(self, name)!r} may only hold the letters M, E, * and -"
-                    + (f", not {', '.join(wrong)}" if wrong else ", and at least one of them")
+                    f"{name} {getattr(self, name)!r} may only hold the letters M, E, * and -, "
+                    f"not {', '.join(wrong)}"
                 )
         for whole, part in (
             ("mamba_num_heads", "n_groups"),
@@ -108,7 +123,11 @@ class Config:
             n, m = getattr(self, whole), getattr(self, part)
             if n % m:
                 raise ValueError(f"{whole}={n} is not a multiple of {part}={m}")
-        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+        if self.time_step_min > self.time_step_max:
+            raise ValueError(
+                f"time_step_min={self.time_step_min} is above time_step_max={self.time_step_max}"
+            )
+        if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} of "
                 f"n_routed_experts={self.n_routed_experts}"

@@ -260,7 +260,7 @@ def test_the_command_refuses():
         (dict(n_groups=7), ["mamba_num_heads=128", "n_groups=7"]),
         (dict(num_key_value_heads=5), ["num_attention_heads=32", "num_key_value_heads=5"]),
         (dict(num_experts_per_tok=513), ["513", "512"]),
-        (dict(num_experts_per_tok=0), ["num_experts_per_tok=0", "512"]),
+        (dict(num_experts_per_tok=0), ["num_experts_per_tok: 0 is not an integer from 1"]),
     ],
 )
 def test_config_refuses(kw, words):
