@@ -162,18 +162,31 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * head_dim, d, bias=False)
         self.attend = attend  # seam: scale/parallel.py
 
-    def forward(self, u, cache=None, count=None):  # (b, t, d) -> (b, t, d)
+    def forward(self, u, cache=None, count=None, docs=None):
+        """u (b, t, d) -> (b, t, d). docs: a pack.Docs, if rows hold several documents; not together
+        with a cache.
+        """
+        rows = u.reshape(1, -1, u.shape[-1]) if docs else u  # documents: all behind one another
         q, k, v = (
-            proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, h or kv heads, t, e)
+            proj(rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, h or kv, t, e)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        first = 0 if cache is None else cache.first(count)
+        if docs:
+            each = zip(*(x.split(docs.lengths, 2) for x in (q, k, v)))
+            y = torch.cat([self.attend(*self.turn(q, k, 0), v, 0) for q, k, v in each], 2)
+        else:
+            first = 0 if cache is None else cache.first(count)
+            q, k = self.turn(q, k, first)
+            if cache is not None:
+                k, v, first = cache.append(k, v, count)
+            y = self.attend(q, k, v, first)
+        return self.o_proj(y.transpose(1, 2).flatten(2)).view_as(u)
+
+    def turn(self, q, k, first):
+        """q and k with their places written into them, if this model does that at all."""
         if self.rotary_base:
             q, k = (rotate(x, first, self.rotary_base) for x in (q, k))
-        if cache is not None:
-            k, v, first = cache.append(k, v, count)
-        y = self.attend(q, k, v, first)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return q, k
 
 
 @torch.no_grad()

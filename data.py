@@ -12,7 +12,8 @@ Two kinds of corpus need no download: `python`, the source of the running Python
 and three synthetic tasks, lines so regular that entropy_floor knows the bits per byte a perfect
 model would pay.
 
-Not here  the network, except with --download; documents: a blank line joins files, and windows cross it
+Not here  the network, except with --download; who sees whom: a blank line joins files, and windows cross
+          it, where `documents` says where to cut
 Sources   llm.c, nanoGPT (token files); Salmon et al. 2011 (Philox)
 """
 
@@ -25,6 +26,7 @@ import sys
 import sysconfig
 import urllib.request
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +35,7 @@ import torch
 
 # data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so
 # on.
-from tokenizer import encode, pack, token_bytes, tokenizer, unpack, vocab_size  # noqa: F401 (callers say data.pack)
+from tokenizer import END, encode, pack, token_bytes, tokenizer, unpack, vocab_size  # noqa: F401 (callers say data.pack)
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download writes
 URLS = {
@@ -55,6 +57,7 @@ class Corpus(NamedTuple):
     val: object
     size: int
     sha256: str
+    starts: tuple = ()  # of a text: where each file begins, in characters of train + val
 
 
 def corpus(spec):
@@ -84,14 +87,18 @@ def corpus(spec):
         )
     if all(p.suffix == ".bin" for p in paths):
         return token_corpus(spec, paths)
-    return text_corpus(spec, "\n\n".join(map(read, paths)))
+    return text_corpus(spec, list(map(read, paths)))
 
 
-def text_corpus(name, text):
+def text_corpus(name, files):
+    """The files' texts (or one text), joined by a blank line."""
+    files = [files] if isinstance(files, str) else files
+    text, starts = "\n\n".join(files), list(accumulate((len(f) + 2 for f in files), initial=0))
     cut, raw = len(text) * 95 // 100, text.encode()  # between characters, not bytes
     if cut == 0:
         raise ValueError(f"corpus {name!r} is empty: {len(raw)} bytes leave nothing to train on")
-    return Corpus(name, text[:cut], text[cut:], len(raw), sha256(raw).hexdigest())
+    held = Corpus(name, text[:cut], text[cut:], len(raw), sha256(raw).hexdigest())
+    return held._replace(starts=tuple(starts[:-1]))
 
 
 def read(path):
@@ -104,7 +111,7 @@ def read(path):
 
 
 def standard_library():
-    """The running Python's own source: on every machine, without a download -> name, text.
+    """The running Python's own source: on every machine, without a download -> name, texts.
 
     Files come in the order of their path's hash: the last 5 % is a fair sample, not the alphabet's
     end."""
@@ -117,8 +124,22 @@ def standard_library():
     ]
     files = [p for p in files if not {"test", "tests", "idlelib"} & set(p.parts)]
     files.sort(key=lambda p: sha256(p.as_posix().encode()).digest())
-    text = "\n\n".join((root / p).read_text("utf-8", "replace") for p in files)
-    return f"python {sys.version.split()[0]} ({len(files)} files)", text
+    texts = [(root / p).read_text("utf-8", "replace") for p in files]
+    return f"python {sys.version.split()[0]} ({len(files)} files)", texts
+
+
+def documents(corpus, enc):
+    """The training split file by file, each ended by the end-of-text id -> ids, and of every one the
+    number of its file."""
+    if not isinstance(corpus.train, str):
+        raise ValueError(f"{corpus.name} holds ids, which do not say where a document ends")
+    if END not in enc.special_tokens_set:
+        raise ValueError(f"{enc.name} has no {END} to end a document with")
+    edges = [s for s in corpus.starts if s < len(corpus.train)] + [len(corpus.train)]
+    files = [encode(enc, corpus.train[a:b]) for a, b in zip(edges, edges[1:])]
+    end = np.array([enc.encode_single_token(END)], files[0].dtype)
+    files = [np.append(ids, end) for ids in files]
+    return np.concatenate(files), np.repeat(np.arange(len(files)), list(map(len, files)))
 
 
 # 2. Token files, memory-mapped: 10 GB cost nothing until a window of them is read

@@ -291,8 +291,10 @@ class Mamba2(nn.Module):
         self.conv, self.scan = causal_conv, ssd_chunked  # seams: scale/parallel.py
         self.fast = False
 
-    def forward(self, u, cache=None, count=None):
-        """u (b, t, d) -> (b, t, d). Of rows padded on the right, count (b,) tokens are real."""
+    def forward(self, u, cache=None, count=None, docs=None):
+        """u (b, t, d) -> (b, t, d). Of rows padded on the right, count (b,) tokens are real. docs: a
+        pack.Docs, if rows hold several documents; not together with a cache.
+        """
         t = u.shape[1]
         if self.fast and cache is not None and torch.is_grad_enabled():
             raise ValueError(
@@ -301,7 +303,11 @@ class Mamba2(nn.Module):
         e, w, h = self.split
         z, xBC, raw = self.in_proj(u).split(self.split, -1)
         taps = self.conv1d.weight, self.conv1d.bias
+        if docs:
+            xBC, together = docs.apart(xBC, self.conv1d.weight.shape[-1])
         xBC, seen = self.conv(xBC, *taps, cache and cache.conv, fast=self.fast)
+        if docs:
+            xBC = together(xBC)
         x, B, C = xBC.split([e, (w - e) // 2, (w - e) // 2], -1)
         x = x.unflatten(-1, (h, -1))  # (b, t, h, p)
         B, C = (v.unflatten(-1, (self.groups, -1)) for v in (B, C))  # (b, t, g, n)
@@ -309,8 +315,11 @@ class Mamba2(nn.Module):
         dt = F.softplus(raw.to(wide) + self.dt_bias)  # (b, t, h)
         if count is not None:
             dt = dt * real(count, t)  # padding: no fading, no writing
-        A = -self.A_log.to(wide).exp()
-        args = x, dt, A, B, C, self.D, cache and cache.S
+        A, D, skip = -self.A_log.to(wide).exp(), self.D, None
+        if docs:  # D reads x as it is, before `restart` rescales it
+            D, skip = None, self.D[:, None].to(x.dtype) * x
+            x, dt = docs.restart(x, dt, A)
+        args = x, dt, A, B, C, D, cache and cache.S
         if t == 1 and not self.fast:  # kernels/ssd.py knows one token itself
             y, S = ssd_recurrent(*args)
         else:
@@ -321,6 +330,8 @@ class Mamba2(nn.Module):
             k = self.conv1d.weight.shape[-1]
             cache.S = S
             cache.conv = seen[:, t:].clone() if count is None else window(seen, k, count)
+        if docs:
+            y = y + skip
         return self.out_proj(self.norm(y.flatten(2), z))
 
 

@@ -77,9 +77,9 @@ class Block(nn.Module):
         else:
             self.mixer = MLP(c.hidden_size, c.intermediate_size)
 
-    def forward(self, x, cache=None, count=None):
+    def forward(self, x, cache=None, count=None, docs=None):
         u = self.norm(x)
-        return x + (self.mixer(u, cache, count) if self.remembers else self.mixer(u))
+        return x + (self.mixer(u, cache, count, docs) if self.remembers else self.mixer(u))
 
 
 class Cache:
@@ -107,6 +107,13 @@ class Cache:
     def tensors(self):
         """All that it holds, in one list; `put` puts such a list in its place."""
         return [getattr(x, name) for x in self.layers for name in getattr(x, "holds", ())]
+
+    def take(self, index):
+        """The same memory for other rows: index (n,) names the old row that each new one goes on
+        from. It may repeat rows, and leave some out.
+        """
+        self.batch = len(index)
+        self.put([x if x is None else x[index] for x in self.tensors()])
 
     def put(self, tensors):
         tensors = iter(tensors)
@@ -160,10 +167,12 @@ class Nemotron(nn.Module):
         if self.lm_head.weight.device.type != "meta":
             init_weights(self, seed)
 
-    def hidden(self, ids, cache=None, count=None):
+    def hidden(self, ids, cache=None, count=None, docs=None):
         """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no
-        gradient.
+        gradient. docs: a pack.Docs, if rows hold several documents, none of which is to see another.
         """
+        if cache is not None and docs is not None:
+            raise ValueError("several documents a row (docs) have no cache: read them without one")
         if cache is not None and len(ids) != cache.batch:
             raise ValueError(f"{len(ids)} rows of tokens for a cache of {cache.batch} rows")
         if cache is not None and torch.is_grad_enabled():
@@ -171,7 +180,7 @@ class Nemotron(nn.Module):
                 return self.hidden(ids, cache, count)
         x = self.backbone.embeddings(ids)
         for i, block in enumerate(self.backbone.layers):
-            x = block(x, cache and cache.layers[i], count)
+            x = block(x, cache and cache.layers[i], count, docs)
         return self.backbone.norm_f(x)
 
     def forward(self, ids, cache=None, count=None):

@@ -4,7 +4,7 @@ the logits.
 
 With v words, logits are by far the largest thing a model makes, and only their sums are wanted:
 
-    z = W h        nll = log sum_j exp z_j - z_target        dz_j = mask (exp z_j / sum - [j = target])
+    z = W h        nll = mask (log sum_j exp z_j - z_target)        dz_j = mask (exp z_j / sum - [j = target])
     dh = W^T dz    dW = sum over rows dz h^T
 
 So take `rows` rows: three matrix products, which cuBLAS does as well as anyone, and between the
@@ -50,15 +50,16 @@ def _nll(Z, TARGET, MASK, NLL, V, BV: tl.constexpr, GRAD: tl.constexpr):
         total = total * tl.exp(high - top) + tl.sum(tl.exp(x - top), 0)
         high = top
     tl.store(
-        NLL + row, tl.where(mask > 0, high + tl.log(total) - right, 0.0)
-    )  # log sum exp z - z_target
+        NLL + row, tl.where(mask > 0, mask * (high + tl.log(total) - right), 0.0)
+    )  # log sum exp z - z_target, weighted
     if GRAD:
         for v in range(0, V, BV):
             x = tl.load(z + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
             dz = tl.exp(x - high) / total - tl.where(
                 v + j == target, 1.0, 0.0
             )  # softmax - [j = target]
-            tl.store(z + v + j, tl.where(mask > 0, dz, 0.0).to(Z.dtype.element_ty), mask=v + j < V)
+            dz = tl.where(mask > 0, mask * dz, 0.0)
+            tl.store(z + v + j, dz.to(Z.dtype.element_ty), mask=v + j < V)
 
 
 class LinearNLL(torch.autograd.Function):

@@ -88,8 +88,8 @@ def steps(model, opt, world, n, first=0, noted=True, how="", cast=nullcontext):
         mine = [x.chunk(world.shares)[world.place] if world else x for x in (ids, some)]
         pieces = []
         for piece, asked in zip(*(x.split(1) for x in mine)):
-            ids, mask, t = (
-                world.rows(piece, depths) if world else (piece, asked[:, 1:].bool(), None)
+            ids, mask, t, _ = (
+                world.rows(piece, depths) if world else (piece, asked[:, 1:].bool(), None, None)
             )
             pieces.append(
                 (ids, mask & world.rows(asked, depths)[0][:, 1:].bool() if world else mask, t)

@@ -24,7 +24,7 @@ class Echo(nn.Module):
         super().__init__()
         self.letter, self.calls = letter, []
 
-    def forward(self, x, cache=None, count=None):
+    def forward(self, x, cache=None, count=None, docs=None):
         self.calls.append((cache, count))
         return x
 
@@ -38,7 +38,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.w = nn.Linear(d, d, bias=False)
 
-    def forward(self, x, cache=None, count=None):
+    def forward(self, x, cache=None, count=None, docs=None):
         return x + self.w(x.cumsum(1) / torch.arange(1, x.shape[1] + 1).view(-1, 1)).tanh()
 
 
@@ -67,7 +67,7 @@ def probe(text, mask, depths, shift=0):
         def __init__(self):
             self.depths = depths
 
-        def __call__(self, h, e, k):
+        def __call__(self, h, e, k, docs=None):
             told.append(e[..., 0].long()), seen.append((k, h))
             return h + 1  # so that the chain of h can be followed
 
@@ -299,7 +299,7 @@ def test_a_perfect_predictor_is_perfect_at_its_own_offset_only(offset):
     class Oracle:
         depths = 3
 
-        def __call__(self, h, e, k):
+        def __call__(self, h, e, k, docs=None):
             hot = [nn.functional.one_hot(text[:, min(t + k + offset, 31)], 32) for t in range(20)]
             return torch.stack(hot, 1) * 100.0
 

@@ -32,6 +32,7 @@ HOUSE = {
     "decode": ("mtp",),
     "model": ("attention", "config", "latent_moe", "mamba", "mtp"),
     "plot": ("checkpoint",),
+    "post.pack": ("config", "model", "mtp"),
     "quant.lowbit": ("nvfp4",),
     "scale.budget": ("config",),
     "scale.shards": ("checkpoint",),
@@ -48,7 +49,7 @@ HOUSE = {
     "scale.ranks": ("checkpoint", "scale.parallel", "scale.shards", "training.world"),
     "heal": ("checkpoint", "data", "sample", "speculate"),
     "scale.release": ("checkpoint", "hf", "model", "scale.ranks"),
-    "training.pretrain": ("config", "data", "mtp", "sample", "training.settings"),
+    "training.pretrain": ("config", "data", "mtp", "post.pack", "sample", "training.settings"),
     "training.merge": ("checkpoint", "data", "model", "training.pretrain", "training.world"),
     "train": (
         "checkpoint",

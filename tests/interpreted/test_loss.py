@@ -150,6 +150,16 @@ def test_the_training_loss_takes_this_path_when_asked():
     assert any(not torch.equal(a, b) for a, b in zip(fast, plain))
 
 
+def test_a_mask_may_be_weights():
+    h, weight, targets, mask = inputs(2, 9, 130)
+    some = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)) * mask
+    got = answers(kernel.linear_nll, h, weight, targets, some)
+    want = answers(definition, h, weight, targets, some, torch.float64)
+    close([str(i) for i in range(len(got))], got, want, 2e-6)
+    unweighted = answers(definition, h, weight, targets, some > 0, torch.float64)
+    assert max(rms(a, b) for a, b in zip(got, unweighted)) > 1e-2
+
+
 def test_what_it_cannot_do_it_says():
     h, weight, targets, mask = inputs(2, 3, 20)
     with pytest.raises(ValueError, match="fp32 or bf16, not torch.float64"):
