@@ -12,8 +12,8 @@ Two kinds of corpus need no download: `python`, the source of the running Python
 and three synthetic tasks, lines so regular that entropy_floor knows the bits per byte a perfect
 model would pay.
 
-Not here  the network, except with --download; who sees whom: a blank line joins files, and windows cross
-          it, where `documents` says where to cut
+Not here  the network, except with --download; who sees whom: a blank line joins files, windows cross
+          it, and `documents` says where
 Sources   llm.c, nanoGPT (token files); Salmon et al. 2011 (Philox)
 """
 
@@ -35,7 +35,8 @@ import torch
 
 # data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so
 # on.
-from tokenizer import END, encode, pack, token_bytes, tokenizer, unpack, vocab_size  # noqa: F401 (callers say data.pack)
+from tokenizer import END, encode, vocab_size
+from tokenizer import pack, token_bytes, tokenizer, unpack  # noqa: F401 (callers say data.pack)
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download writes
 URLS = {
@@ -129,8 +130,9 @@ def standard_library():
 
 
 def documents(corpus, enc):
-    """The training split file by file, each ended by the end-of-text id -> ids, and of every one the
-    number of its file."""
+    """The training split file by file, each ended by the end-of-text id -> ids, and of every one
+    the number of its file.
+    """
     if not isinstance(corpus.train, str):
         raise ValueError(f"{corpus.name} holds ids, which do not say where a document ends")
     if END not in enc.special_tokens_set:

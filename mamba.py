@@ -292,8 +292,8 @@ class Mamba2(nn.Module):
         self.fast = False
 
     def forward(self, u, cache=None, count=None, docs=None):
-        """u (b, t, d) -> (b, t, d). Of rows padded on the right, count (b,) tokens are real. docs: a
-        pack.Docs, if rows hold several documents; not together with a cache.
+        """u (b, t, d) -> (b, t, d). Of rows padded on the right, count (b,) tokens are real. docs:
+        a pack.Docs, if rows hold several documents; not together with a cache.
         """
         t = u.shape[1]
         if self.fast and cache is not None and torch.is_grad_enabled():

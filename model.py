@@ -169,7 +169,7 @@ class Nemotron(nn.Module):
 
     def hidden(self, ids, cache=None, count=None, docs=None):
         """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no
-        gradient. docs: a pack.Docs, if rows hold several documents, none of which is to see another.
+        gradient. docs: a pack.Docs, if rows hold several documents, none of which sees another.
         """
         if cache is not None and docs is not None:
             raise ValueError("several documents a row (docs) have no cache: read them without one")

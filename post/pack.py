@@ -20,8 +20,8 @@ Experts, norms and the head look at one token. No kernel changes, and no cached 
 
 Letters   b rows  t time  h heads  p head dim  w convolved channels  k taps
 Not here  what a document is (chat.py, data.py) and how its loss is weighed (sft.py)
-Sources   packing as in Megatron-LM's THD layout, whose kernels take the documents' edges; the reset by
-          a large dt is ours
+Sources   packing as in Megatron-LM's THD layout, whose kernels take the documents' edges; the reset
+          by a large dt is ours
 Departs   2^-64 of a state is left over, which neither fp32 nor fp64 notices beside a new one
 """
 
@@ -51,8 +51,9 @@ class Docs:
         return x.masked_fill(self.last.view(*x.shape[:2], *[1] * (x.ndim - 2)), 0)
 
     def restart(self, x, dt, A):
-        """x (b, t, h, p), dt (b, t, h) and A (h,) of the recurrence -> x', dt', with which it forgets
-        before every document, and writes the same."""
+        """x (b, t, h, p), dt (b, t, h) and A (h,) of the recurrence -> x', dt', with which it
+        forgets before every document, and writes the same.
+        """
         far = dt + self.first[..., None] * (-BITS * LN2 / A)
         return x * (dt / far)[..., None].to(x.dtype), far
 
@@ -65,8 +66,9 @@ class Docs:
 
 
 def pack(documents, length):
-    """Which documents share a row of `length` tokens: [[i, ...], ...]. First fit, the longest first;
-    none is cut, and one that is too long is refused (ValueError)."""
+    """Which documents share a row of `length` tokens: [[i, ...], ...]. First fit, the longest
+    first; none is cut, and one that is too long is refused (ValueError).
+    """
     rows, room = [], []
     for i in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
         n = len(documents[i])
@@ -99,7 +101,7 @@ def lay(rows, length, *columns):
 
 
 def main():
-    """Prints the point: packed or alone, the same logits and the same gradients; what packing saves."""
+    """Prints the point: packed or alone, the same logits; what packing saves."""
     import random
 
     import mtp
