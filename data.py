@@ -35,8 +35,15 @@ import torch
 
 # data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so
 # on.
-from tokenizer import END, encode, vocab_size
-from tokenizer import pack, token_bytes, tokenizer, unpack  # noqa: F401 (callers say data.pack)
+from tokenizer import (  # noqa: F401 (callers say data.pack)
+    END,
+    encode,
+    pack,
+    token_bytes,
+    tokenizer,
+    unpack,
+    vocab_size,
+)
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download writes
 URLS = {
