@@ -5,13 +5,13 @@ model.
 A string spells the stack, one letter per layer: M Mamba-2, * attention, E LatentMoE, - MLP. The
 rest: sizes.
 
-    Config.preset("super")     toy | tiny-nv | small | nano | super; the defaults are Super's
-    Config.from_hf(dict)       either generation of config.json; names what it cannot honour, drops
-                               nothing
+    Config.preset("super")     toy | tiny-nv | small | nemotron-h-8b | nano-9b-v2 | nano | super;
+                               the defaults are Super's
+    Config.from_hf(dict)       the config.json of any member of the family: family.py
     config.to_hf()             what transformers and other loaders read
 
-Sources   the released config.json of Super and Nano; arXiv:2604.12374 table 1; NVIDIA's test model
-          (tiny-nv)
+Sources   the released config.json of each; arXiv:2504.03624 (Nemotron-H), 2508.14444 (Nano v2),
+          2604.12374 table 1; NVIDIA's test model (tiny-nv)
 Departs   initializer_range is the 0.014 of pre-training; the released config.json's 0.02 was never
           used
 """
@@ -19,44 +19,17 @@ Departs   initializer_range is the 0.014 of pre-training; the released config.js
 from dataclasses import dataclass, fields
 
 import command
+import family
 from command import knob
 
 LETTERS = {"M": "Mamba-2", "*": "attention", "E": "LatentMoE", "-": "MLP"}
-# Fields of config.json that change nothing here, and fields of which only one value is implemented.
-IGNORED = set(
-    """architectures model_type num_hidden_layers auto_map dtype torch_dtype transformers_version
-    use_cache num_logits_to_keep output_router_logits expand use_mamba_kernels mamba_ssm_cache_dtype
-    moe_shared_expert_overlap rescale_prenorm_residual norm_eps rope_theta partial_rotary_factor""".split()
-)
-FIXED = dict(
-    attention_bias=False,
-    mlp_bias=False,
-    use_bias=False,
-    mamba_proj_bias=False,
-    hidden_dropout=0.0,
-    attention_dropout=0.0,
-    tie_word_embeddings=False,
-    residual_in_fp32=False,
-    sliding_window=None,
-    n_group=1,
-    topk_group=1,
-    n_shared_experts=1,
-    mlp_hidden_act="relu2",
-    mamba_hidden_act="silu",
-)
-REQUIRED = """vocab_size hidden_size num_attention_heads num_key_value_heads head_dim mamba_num_heads
-    mamba_head_dim ssm_state_size n_groups conv_kernel n_routed_experts num_experts_per_tok
-    moe_intermediate_size moe_shared_expert_intermediate_size routed_scaling_factor""".split()
-UNCLAMPED = str([0.0, {"__float__": "Infinity"}])  # as transformers writes it
-HF_WORDS = dict(
-    mamba="M", linear_attention="M", attention="*", full_attention="*", moe="E", mlp="-"
-)
 
 
 @dataclass(frozen=True)
 class Config:
     """The released config.json's fields under their own names, in Super's sizes. `preset` has the
-    others. rotary_base is ours alone: for a baseline, never written to nor read from a config.json.
+    others. What belongs to a letter that no pattern has is never looked at. rotary_base is ours
+    alone: for a baseline, never written to nor read from a config.json.
     """
 
     hybrid_override_pattern: str = knob(
@@ -78,6 +51,7 @@ class Config:
     n_groups: int = knob(8, least=1, most=1 << 12)
     conv_kernel: int = knob(4, least=1, most=64)
     use_conv_bias: bool = knob(True)
+    use_bias: bool = knob(False, "of Mamba's in_proj and out_proj; no released member has one")
     chunk_size: int = knob(128, least=1, most=1 << 16)
     n_routed_experts: int = knob(512, least=1, most=1 << 16)
     num_experts_per_tok: int = knob(22, least=1, most=1 << 16)
@@ -88,7 +62,16 @@ class Config:
     moe_shared_expert_intermediate_size: int = knob(5376, least=1, most=1 << 20)
     routed_scaling_factor: float = knob(5.0, above=0, most=1e4)
     norm_topk_prob: bool = knob(True)
-    intermediate_size: int = knob(2688, "of `-` layers", least=1, most=1 << 20)
+    n_group: int = knob(
+        1, "of experts: a token chooses the best topk_group of them first", least=1, most=1 << 16
+    )
+    topk_group: int = knob(1, least=1, most=1 << 16)
+    intermediate_size: int = knob(
+        2688, "of `-` layers: Nemotron-H, Nano v2, Nemotron 3 Nano 4B", least=1, most=1 << 20
+    )
+    mlp_bias: bool = knob(
+        False, "of `-` layers, shared experts, latent projections; no released member has one"
+    )
     num_nextn_predict_layers: int = knob(1, "MTP blocks stored, and ...", least=0, most=16)
     mtp_num_layers: int = knob(
         2, "... depths trained with them (Megatron's name)", least=1, most=16
@@ -116,22 +99,42 @@ class Config:
                     f"{name} {getattr(self, name)!r} may only hold the letters M, E, * and -, "
                     f"not {', '.join(wrong)}"
                 )
-        for whole, part in (
-            ("mamba_num_heads", "n_groups"),
-            ("num_attention_heads", "num_key_value_heads"),
+        for letter, whole, part in (
+            ("M", "mamba_num_heads", "n_groups"),
+            ("*", "num_attention_heads", "num_key_value_heads"),
+            ("E", "n_routed_experts", "n_group"),
         ):
             n, m = getattr(self, whole), getattr(self, part)
-            if n % m:
+            if letter in self.letters and n % m:
                 raise ValueError(f"{whole}={n} is not a multiple of {part}={m}")
         if self.time_step_min > self.time_step_max:
             raise ValueError(
                 f"time_step_min={self.time_step_min} is above time_step_max={self.time_step_max}"
             )
-        if self.num_experts_per_tok > self.n_routed_experts:
+        if "E" in self.letters:
+            self.check_experts()
+
+    def check_experts(self):
+        """ValueError unless the kept groups hold as many experts as a token chooses."""
+        k, E = self.num_experts_per_tok, self.n_routed_experts
+        if k > E:
+            raise ValueError(f"num_experts_per_tok={k} of n_routed_experts={E}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} of n_group={self.n_group}")
+        each = E // self.n_group
+        if self.n_group > 1 and each < 2:
+            raise ValueError(f"n_group={self.n_group} leaves a group one expert, and needs two")
+        if k > self.topk_group * each:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} of "
-                f"n_routed_experts={self.n_routed_experts}"
+                f"num_experts_per_tok={k}, but topk_group={self.topk_group} groups "
+                f"of {each} experts hold {self.topk_group * each}"
             )
+
+    @property
+    def letters(self):
+        """Those that stand in a pattern: what the model has layers of."""
+        mtp = self.mtp_hybrid_override_pattern if self.num_nextn_predict_layers else ""
+        return set(self.hybrid_override_pattern + mtp)
 
     @property
     def num_hidden_layers(self):
@@ -145,7 +148,7 @@ class Config:
     @staticmethod
     def preset(name):
         """toy: a laptop. tiny-nv: NVIDIA's test shape. small: one GPU. nano: 30B-A3B. super:
-        120B-A12B.
+        120B-A12B. nemotron-h-8b, nano-9b-v2: without experts.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
@@ -153,57 +156,9 @@ class Config:
 
     @staticmethod
     def from_hf(given):
-        """A config.json of either generation as a Config; ValueError names what cannot be honoured."""
-        model_type, layers = given.get("model_type", "nemotron_h"), given.get("num_hidden_layers")
-        given = {k: v for k, v in given.items() if k not in IGNORED}
-        if str(given.pop("time_step_limit", None)) not in (
-            "None",
-            "[0.0, inf]",
-            "(0.0, inf)",
-            UNCLAMPED,
-        ):
-            raise ValueError(
-                "time_step_limit asks to clamp dt: "
-                "the model was trained without, and is run without"
-            )
-        for prefix in ("", "mtp_"):  # older: words; here: letters
-            words = given.pop(prefix + "layers_block_type", None)
-            if words and prefix + "hybrid_override_pattern" not in given:
-                if unknown := sorted(set(words) - set(HF_WORDS)):
-                    raise ValueError(
-                        f"{prefix}layers_block_type holds {', '.join(unknown)}; "
-                        f"known: {', '.join(HF_WORDS)}"
-                    )
-                given[prefix + "hybrid_override_pattern"] = "".join(HF_WORDS[w] for w in words)
-        if "hybrid_override_pattern" not in given:
-            raise ValueError(
-                f"config.json describes a {model_type!r} without a layer pattern, "
-                "not a nemotron_h model"
-            )
-        if model_type != "nemotron_h":
-            raise ValueError(f"model_type {model_type!r} is not nemotron_h")
-        letters = len(given["hybrid_override_pattern"])
-        if layers not in (None, letters):
-            raise ValueError(f"num_hidden_layers={layers}, but the pattern has {letters} letters")
-        if lacking := [k for k in REQUIRED if k not in given]:
-            raise ValueError(f"config.json lacks {', '.join(lacking)}: no default would be right")
-        given = (
-            dict(moe_latent_size=None, num_nextn_predict_layers=0) | given
-        )  # absent in Nano's: not used
-        refused = [
-            f"{k}={given[k]!r} (only {v!r} is implemented)"
-            for k, v in FIXED.items()
-            if given.get(k, v) != v
-        ]
+        """A config.json of any generation as a Config; ValueError names what cannot be honoured."""
         known = {f.name for f in fields(Config)} - {"rotary_base"}
-        refused += [
-            f"{k}={v!r} (unknown field)" for k, v in given.items() if k not in known | set(FIXED)
-        ]
-        if refused:
-            raise ValueError(
-                "this config.json asks for what is not implemented here: " + ", ".join(refused)
-            )
-        return Config(**{k: v for k, v in given.items() if k in known})
+        return Config(**family.read(given, known))
 
     def to_hf(self):
         """The dict to write as config.json: what transformers' NemotronHConfig and other loaders
@@ -227,7 +182,7 @@ class Config:
             num_logits_to_keep=1,
             mamba_ssm_cache_dtype="float32",
             rescale_prenorm_residual=True,
-            **FIXED,
+            **family.FIXED,
             **ours,
         )
 
@@ -289,6 +244,26 @@ PRESETS = dict(
         moe_shared_expert_intermediate_size=1344,
         routed_scaling_factor=2.5,
     ),
+    # without experts: every other layer an MLP, and all parameters active
+    **{
+        "nemotron-h-8b": dict(
+            hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+            num_key_value_heads=8,
+            intermediate_size=21504,
+            num_nextn_predict_layers=0,
+            max_position_embeddings=8192,
+        ),
+        "nano-9b-v2": dict(
+            hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+            hidden_size=4480,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            mamba_head_dim=80,
+            intermediate_size=15680,
+            num_nextn_predict_layers=0,
+            max_position_embeddings=131072,
+        ),
+    },
     nano=dict(
         hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
         hidden_size=2688,
@@ -307,16 +282,24 @@ PRESETS = dict(
 
 
 def main():
-    """Prints the presets side by side, field by field where they differ."""
-    print(f"{'':38}" + "".join(f"{name:>12}" for name in PRESETS))
+    """Prints the presets side by side, field by field where they differ; a dot where a field is not
+    used.
+    """
     configs = [Config.preset(name) for name in PRESETS]
+    owner = {name: letter for letter, names in family.REQUIRED.items() for name in names}
+    owner |= dict(moe_latent_size="E")
+
+    def shown(c, name):
+        return getattr(c, name) if owner.get(name, "") in {"", *c.letters} else "."
+
+    print(f"{'':36}" + "".join(f"{name:>14}" for name in PRESETS))
     rows = [("layers", [c.num_hidden_layers for c in configs])]
-    rows += [(f.name, [getattr(c, f.name) for c in configs]) for f in fields(Config)[1:]]
+    rows += [(f.name, [shown(c, f.name) for c in configs]) for f in fields(Config)[1:]]
     for what, values in rows:
         if len(set(values)) > 1:
-            print(f"{what:38}" + "".join(f"{v!s:>12}" for v in values))
+            print(f"{what:36}" + "".join(f"{v!s:>14}" for v in values))
     for name, c in zip(PRESETS, configs):
-        print(f"{name:8} {c.hybrid_override_pattern}")
+        print(f"{name:14} {c.hybrid_override_pattern}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ expert sinks by a fixed rate and that of an idle one rises (update_bias; no grad
 does not notice). A faint loss per sequence keeps single sequences from collapsing onto a few
 experts (`balance`, weight 1e-4).
 
+The experts may stand in groups (of neighbours, one group a machine): a token then chooses its
+groups first, and its experts only in them (`choose`). The released models have one group.
+
 Letters   b batch  t time  d model width  m = b*t tokens  E experts  k chosen  l latent  f expert hidden
 Super     E=512 k=22 d=4096 l=1024 f=2688, shared hidden 5376, scale 5; 40 such layers: 95 % of all
           parameters
@@ -57,10 +60,10 @@ def torch_can(x, w):
 class MLP(nn.Module):
     """down(relu(up(x))^2): the un-gated network of shared experts and `-` layers.   (..., d) -> (..., d)"""
 
-    def __init__(self, d, hidden):
+    def __init__(self, d, hidden, bias=False):
         super().__init__()
-        self.up_proj = nn.Linear(d, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, d, bias=False)
+        self.up_proj = nn.Linear(d, hidden, bias)
+        self.down_proj = nn.Linear(hidden, d, bias)
 
     def forward(self, x):
         return self.down_proj(self.up_proj(x).relu().square())
@@ -78,6 +81,21 @@ class Router(nn.Module):
         with torch.autocast(u.device.type, enabled=False):  # bf16 would round near-ties
             wide = torch.promote_types(u.dtype, torch.float32)
             return F.linear(u.to(wide), self.weight.to(wide)).sigmoid()
+
+
+def choose(score, k, groups=1, kept=1):
+    """The k best experts of each token, if there are groups only out of the `kept` best of them.
+
+    A group is worth what its two best experts are worth together.   score (..., E) -> (..., k)
+    Source: transformers' DeepSeek-V3 router. The paper (2412.19437 section 2.1.2) and Megatron sum
+    the k / kept best instead: the same at two experts a kept group.
+    """
+    if groups > 1:
+        parts = score.unflatten(-1, (groups, -1))  # (..., g, E/g)
+        best = parts.topk(2).values.sum(-1).topk(kept).indices  # (..., kept)
+        closed = torch.ones_like(parts[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        score = parts.masked_fill(closed[..., None], -torch.inf).flatten(-2)
+    return score.topk(k).indices
 
 
 class Experts(nn.Module):
@@ -138,7 +156,8 @@ class Experts(nn.Module):
 
 class LatentMoE(nn.Module):
     """Router, latent projections, routed experts, shared expert. latent=None: the experts work at
-    full width.
+    full width. bias: of every matrix but the router's and the routed experts'. ValueError for sizes
+    that leave a token without its top_k experts.
 
     While training it keeps two notes for the optimiser step: `load` (E,), tokens each expert got
     since the last update_bias, and `balance`, the sequence balance loss summed over sequences (None
@@ -146,22 +165,41 @@ class LatentMoE(nn.Module):
     """
 
     def __init__(
-        self, d, experts, top_k, hidden, shared_hidden, latent=None, scale=1.0, norm_topk_prob=True
+        self,
+        d,
+        experts,
+        top_k,
+        hidden,
+        shared_hidden,
+        latent=None,
+        scale=1.0,
+        norm_topk_prob=True,
+        groups=1,
+        kept=1,
+        bias=False,
     ):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"top-{top_k} of {experts} experts: choose between 1 and {experts}")
+        each = experts // groups if groups > 0 else 0
+        equal = each * groups == experts and 1 <= kept <= groups and (groups == 1 or each > 1)
+        if not equal or top_k > kept * each:
+            raise ValueError(
+                f"top-{top_k} out of the {kept} best of {groups} groups of {experts} experts: "
+                "the groups must be equal, of two experts at least, and the kept ones hold top_k"
+            )
         if norm_topk_prob and top_k == 1:
             raise ValueError(
                 "top-1 with normalised weights is always 1, and its router gets no gradient: "
                 "use top_k >= 2"
             )
         self.top_k, self.scale, self.norm_topk_prob = top_k, scale, norm_topk_prob
+        self.groups = groups, kept
         self.gate = Router(d, experts)
-        self.fc1_latent_proj = nn.Linear(d, latent, bias=False) if latent else nn.Identity()
+        self.fc1_latent_proj = nn.Linear(d, latent, bias) if latent else nn.Identity()
         self.experts = Experts(experts, latent or d, hidden)
-        self.fc2_latent_proj = nn.Linear(latent, d, bias=False) if latent else nn.Identity()
-        self.shared_experts = MLP(d, shared_hidden)
+        self.fc2_latent_proj = nn.Linear(latent, d, bias) if latent else nn.Identity()
+        self.shared_experts = MLP(d, shared_hidden, bias)
         self.register_buffer("load", torch.zeros(experts, dtype=torch.long), persistent=False)
         self.balance = self.whole = None  # whole: seam, for slices of a sequence
 
@@ -171,13 +209,15 @@ class LatentMoE(nn.Module):
     def route(self, u):
         """Each token's k experts and their weights: pick, gate (m, k). Training, it notes them."""
         score = self.gate(u.flatten(0, 1))  # (m, E)
-        pick = (score.detach() + self.gate.e_score_correction_bias).topk(self.top_k).indices
+        biased = score.detach() + self.gate.e_score_correction_bias
+        pick = choose(biased, self.top_k, *self.groups)
         gate = score.gather(1, pick)
         if self.norm_topk_prob:
             gate = gate / (gate.sum(1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
             self.load += pick.flatten().bincount(minlength=len(self.load))
-            balance = sequence_balance(score.view(*u.shape[:2], -1), self.top_k, self.whole)
+            rows = score.view(*u.shape[:2], -1)
+            balance = sequence_balance(rows, self.top_k, self.whole, *self.groups)
             self.balance = balance if self.balance is None else self.balance + balance
         return pick, self.scale * gate
 
@@ -190,7 +230,7 @@ class LatentMoE(nn.Module):
         return self.fc2_latent_proj(r).view_as(u) + self.shared_experts(u)
 
 
-def sequence_balance(score, k, whole=None):
+def sequence_balance(score, k, whole=None, groups=1, kept=1):
     """E/(k t^2) sum_e (sum_t share_te) count_e, summed over sequences; each gives 1 balanced, E/k
     at worst.
 
@@ -202,7 +242,7 @@ def sequence_balance(score, k, whole=None):
     """
     b, t, E = score.shape
     share = (score / score.sum(-1, keepdim=True)).sum(1)  # (b, E)
-    pick = score.detach().topk(k).indices.flatten(1)  # (b, t*k)
+    pick = choose(score.detach(), k, groups, kept).flatten(1)  # (b, t*k)
     count = torch.zeros_like(share).scatter_add_(1, pick, torch.ones_like(pick, dtype=share.dtype))
     if whole:
         count, t = whole(count, t)

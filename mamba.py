@@ -272,7 +272,17 @@ class Mamba2(nn.Module):
     """
 
     def __init__(
-        self, d, heads, head_dim, groups, state, conv_kernel=4, chunk=128, eps=1e-5, conv_bias=True
+        self,
+        d,
+        heads,
+        head_dim,
+        groups,
+        state,
+        conv_kernel=4,
+        chunk=128,
+        eps=1e-5,
+        conv_bias=True,
+        bias=False,
     ):
         super().__init__()
         if heads % groups:
@@ -280,14 +290,14 @@ class Mamba2(nn.Module):
         e, w = heads * head_dim, heads * head_dim + 2 * groups * state
         self.head_dim, self.groups, self.chunk = head_dim, groups, chunk
         self.split = (e, w, heads)
-        self.in_proj = nn.Linear(d, e + w + heads, bias=False)  # rows: z | x B C | raw
+        self.in_proj = nn.Linear(d, e + w + heads, bias)  # rows: z | x B C | raw
         self.conv1d = nn.Conv1d(w, w, conv_kernel, groups=w, bias=conv_bias)
         self.A_log = nn.Parameter(torch.linspace(1, 16, heads).log())
         self.D = nn.Parameter(torch.ones(heads))
         dt = torch.logspace(-3, -1, heads)
         self.dt_bias = nn.Parameter(dt.expm1().log())  # softplus makes dt of it
         self.norm = GatedNorm(e, groups, eps)
-        self.out_proj = nn.Linear(e, d, bias=False)
+        self.out_proj = nn.Linear(e, d, bias)
         self.conv, self.scan = causal_conv, ssd_chunked  # seams: scale/parallel.py
         self.fast = False
 

@@ -54,6 +54,7 @@ class Block(nn.Module):
                 c.chunk_size,
                 c.layer_norm_epsilon,
                 c.use_conv_bias,
+                c.use_bias,
             )
         elif letter == "*":
             self.mixer = Attention(
@@ -73,9 +74,12 @@ class Block(nn.Module):
                 c.moe_latent_size,
                 c.routed_scaling_factor,
                 c.norm_topk_prob,
+                c.n_group,
+                c.topk_group,
+                c.mlp_bias,
             )
         else:
-            self.mixer = MLP(c.hidden_size, c.intermediate_size)
+            self.mixer = MLP(c.hidden_size, c.intermediate_size, c.mlp_bias)
 
     def forward(self, x, cache=None, count=None, docs=None):
         u = self.norm(x)
@@ -258,7 +262,7 @@ def init_weights(model, seed=0, put=torch.Tensor.copy_):
     for name, p in model.state_dict().items():
         g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if kind == "e_score_correction_bias":
+        if kind == "e_score_correction_bias" or name.endswith("_proj.bias"):
             w = torch.zeros(p.shape)
         elif "conv1d" in name:  # PyTorch's default for k taps
             w = torch.empty(p.shape).uniform_(-1, 1, generator=g) * c.conv_kernel**-0.5
