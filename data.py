@@ -8,9 +8,11 @@ Data: a batch is a pure function of (seed, step, rank).
 So a run that resumes at step 1000 needs no data state, and two ranks of half a batch see what one
 rank sees.
 
-Two kinds of corpus need no download: `python`, the source of the running Python's standard library,
-and three synthetic tasks, lines so regular that entropy_floor knows the bits per byte a perfect
-model would pay.
+Three kinds of corpus need no download: `python`, the source of the running Python's standard
+library; three synthetic tasks, lines so regular that entropy_floor knows the bits per byte a
+perfect model would pay; and `facts`, which nothing but memory can answer: n random facts, three key
+bytes and two value bytes each, the loss on the values alone. 8,192 of them are 131 kbit, and a
+model that has them pays nothing.
 
 Not here  the network, except with --download; who sees whom: a blank line joins files, windows cross
           it, and `documents` says where
@@ -52,13 +54,18 @@ URLS = {
 }
 SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # its sha256
 TASKS = ("recall", "copy", "arithmetic")
+FACTS = 8192  # in `facts`; facts:N has N
 
 
 # 1. Corpora
 
 
 class Corpus(NamedTuple):
-    """`size` in bytes; `sha256` of them all, or of 256 evenly spread MiB if token files hold more."""
+    """`size` in bytes; `sha256` of them all, or of 256 evenly spread MiB if token files hold more.
+
+    Windows begin at a multiple of `unit` tokens, and of each unit the tokens at the places `asked`
+    are targets: in a text every token is.
+    """
 
     name: str
     train: object  # str, or an array of ids
@@ -66,15 +73,19 @@ class Corpus(NamedTuple):
     size: int
     sha256: str
     starts: tuple = ()  # of a text: where each file begins, in characters of train + val
+    unit: int = 1
+    asked: tuple = (0,)
 
 
 def corpus(spec):
-    """`python`, `shakespeare`, `fineweb`, a task, a text or .bin file, a folder of .txt .md .py, a
-    glob.
+    """`python`, `shakespeare`, `fineweb`, a task, `facts`, a text or .bin file, a folder of .txt
+    .md .py, a glob.
     """
     path = Path(spec)
     if spec in TASKS:
         return text_corpus(spec, task(spec))
+    if spec == "facts" or spec.startswith("facts:"):
+        return facts(spec)
     if spec == "python":
         return text_corpus(*standard_library())
     if spec in URLS:
@@ -91,7 +102,7 @@ def corpus(spec):
     if not paths:
         raise ValueError(
             f"corpus {spec!r} is no file, no folder with .txt, .md or .py files, and none of "
-            f"python, shakespeare, fineweb, {', '.join(TASKS)}"
+            f"python, shakespeare, fineweb, {', '.join(TASKS)}, facts"
         )
     if all(p.suffix == ".bin" for p in paths):
         return token_corpus(spec, paths)
@@ -266,6 +277,28 @@ def entropy_floor(name):
     return math.log2(choices[name]) / (13 if name == "arithmetic" else 34)
 
 
+def facts(spec):
+    """facts:N  k k k v v  k k k v v ...  N different keys of three bytes, each with two bytes that
+    follow from nothing: 16 N bits. All N in some order, then all in another, at least 20 times and
+    a megabyte: the last 5 % asks for nothing that was not told before.
+    """
+    n = spec.removeprefix("facts:")
+    n = FACTS if n == "facts" else int(n) if n.isascii() and n.isdigit() else 0
+    if not 1 <= n <= 1 << 20:
+        raise ValueError(f"corpus {spec!r}: facts:N has N facts, from 1 to {1 << 20:,}")
+    seed = len(TASKS)
+    key, first = np.unique(philox(seed, 0, 2 * n + 64) % 2**24, return_index=True)
+    key = key[first.argsort()][:n]  # as drawn, none twice
+    value = philox(seed, 1, n) % 2**16
+    fact = np.stack([key >> 16, key >> 8, key, value >> 8, value], 1).astype(np.uint8)  # (n, 5)
+    passes = max(20, -(-200_000 // n))
+    order = philox(seed, 2, passes * n).reshape(passes, n).argsort(1, kind="stable")
+    ids = fact[order.ravel()]
+    cut = len(ids) * 95 // 100
+    train, val = ids[:cut].ravel(), ids[cut:].ravel()
+    return Corpus(f"facts:{n}", train, val, ids.size, sha256(ids).hexdigest(), unit=5, asked=(3, 4))
+
+
 # 4. Batches, and the command line
 
 
@@ -280,15 +313,30 @@ class Batch(NamedTuple):
     tokens: int
 
 
-def batch(tokens, seed, step, size, length, rank=0, world=1):  # -> (size / world, length) int64
-    """The rows of `rank`: it takes its stretch of one global batch, which knows only (seed, step)."""
+def batch(tokens, seed, step, size, length, rank=0, world=1, unit=1):
+    """The rows of `rank`: it takes its stretch of one global batch, which knows only (seed, step).
+    Rows begin at multiples of `unit`.   -> (size / world, length) int64
+    """
     if len(tokens) < length:
         raise ValueError(f"the corpus has {len(tokens):,} tokens, one sequence needs {length:,}")
     if size % world:
         raise ValueError(f"a batch of {size} sequences does not divide among {world} ranks")
-    starts = philox(seed, step, size) % (len(tokens) - length + 1)  # (size,)
+    places = (len(tokens) - length) // unit + 1
+    starts = philox(seed, step, size) % places * unit  # (size,)
     rows = [tokens[i : i + length] for i in starts.reshape(world, -1)[rank].tolist()]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def windows(tokens, n, length, unit=1):
+    """n rows, spread evenly over the tokens, always the same ones.   -> (n, length) int64"""
+    last = (len(tokens) - length) // unit
+    starts = [i * last // max(1, n - 1) * unit for i in range(n)]
+    return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64))
+
+
+def targets(corpus, t):
+    """Which of the t tokens after a row's first one are asked for.   -> (t,) bool"""
+    return torch.tensor([j % corpus.unit in corpus.asked for j in range(1, t + 1)])
 
 
 def describe(corpus, enc, train_tokens, val_tokens):
@@ -366,6 +414,9 @@ def main():
     )
     for name in TASKS:
         print(f"{name:11}{entropy_floor(name):7.3f}   {task(name).splitlines()[0]}")
+    few = corpus("facts").train[:15].reshape(-1, 5).tolist()
+    shown = "   ".join(f"{bytes(f[:3]).hex()} -> {bytes(f[3:]).hex()}" for f in few)
+    print(f"{'facts':11}{0:7.3f}   {shown}, once all {16 * FACTS:,} bits are known")
 
 
 if __name__ == "__main__":

@@ -200,6 +200,57 @@ def test_floors_are_the_bits_of_the_free_choices():
         assert 8 * len(lzma.compress(text.encode(), preset=1)) / len(text) > entropy_floor(name)
 
 
+def test_facts_are_determined_and_all_told_before_they_are_asked():
+    c = corpus("facts")
+    assert c.sha256 == "defa2adb474966715871c85ec6a2e4a5d93b4a1ac89a939bb1bf110c66e22258"
+    assert c.sha256 == corpus(f"facts:{data.FACTS}").sha256
+    assert c.size == len(c.train) + len(c.val) == 1_024_000 and len(c.val) == c.size // 20
+    told, asked = ({bytes(f[:3]): bytes(f[3:]) for f in x.reshape(-1, 5)} for x in (c.train, c.val))
+    assert len(told) == 8192 and asked.items() <= told.items()
+    values = np.array([list(v) for v in told.values()])
+    assert bits(values[:, 0]) > 7.9 and bits(values[:, 1]) > 7.9  # 256 values, nothing to guess by
+    assert len(lzma.compress(c.train.tobytes())) > 8192 * 5  # and what is to be known is much
+
+
+@pytest.mark.parametrize("n", [1, 7, 30_000])
+def test_any_number_of_facts(n):
+    c = corpus(f"facts:{n}")
+    whole = np.concatenate([c.train, c.val]).reshape(-1, 5)
+    facts, times = np.unique(whole, axis=0, return_counts=True)
+    assert len(facts) == len(np.unique(facts[:, :3], axis=0)) == n  # no key has two values
+    assert times.min() == times.max() >= 20 and len(whole) >= 200_000
+    assert len(np.unique(c.train.reshape(-1, 5)[:, :3], axis=0)) == n
+    assert n < 7 or (whole[:n] != whole[n : 2 * n]).any()
+
+
+@pytest.mark.parametrize("spec", ["facts:0", "facts:-3", "facts:1048577", "facts:a", "facts:"])
+def test_impossible_numbers_of_facts(spec):
+    with pytest.raises(ValueError, match="facts:N has N facts, from 1 to 1,048,576"):
+        corpus(spec)
+
+
+def test_the_values_alone_are_asked_for():
+    c = corpus("facts:50")
+    rows = batch(c.train, 0, 1, 6, 65, unit=c.unit)
+    known = {bytes(f[:3]): bytes(f[3:]) for f in c.train.reshape(-1, 5)}
+    asked = data.targets(c, 64)
+    assert asked.tolist() == [j % 5 > 2 for j in range(1, 65)] and asked.sum() == 26
+    for row in rows.tolist():
+        assert all(
+            known[bytes(row[i : i + 3])] == bytes(row[i + 3 : i + 5]) for i in range(0, 65, 5)
+        )
+    assert data.targets(corpus("copy"), 9).all()
+
+
+def test_windows_are_spread_evenly_and_on_units():
+    rows = data.windows(IDS, 5, 100)
+    assert rows[:, 0].tolist() == [0, 1225, 2450, 3675, 4900] and rows[-1, -1] == 4999
+    assert torch.equal(rows - rows[:, :1], torch.arange(100).expand(5, -1))
+    starts = data.windows(IDS, 7, 33, unit=5)[:, 0]
+    assert (starts % 5 == 0).all() and starts[-1] == 4965 and starts.unique().numel() == 7
+    assert data.windows(IDS, 1, 20)[0, 0] == 0
+
+
 # Batches
 
 IDS = np.arange(5000, dtype=np.uint16)
@@ -279,6 +330,10 @@ def test_this_file_can_fail():
     assert late.tolist() != batch(IDS, 0, 0, 8, 33)[:, 0].tolist()  # another generator
     swapped = batch(IDS, 0, 1, 8, 16).roll(4, 0)
     assert not torch.equal(swapped, batch(IDS, 0, 1, 8, 16))  # the ranks in another order
+    c = corpus("facts:50")
+    rows = batch(c.train, 0, 1, 6, 65)  # units forgotten
+    known = {bytes(f[:3]) for f in c.train.reshape(-1, 5)}
+    assert not all(bytes(row[:3]) in known for row in rows.tolist())
     text = TEXTS["copy"].replace("a", "b")  # one letter fewer to choose from
     rows = np.frombuffer(text.encode(), np.uint8).reshape(-1, 34)
     assert abs(sum(bits(rows[:, i]) for i in range(16)) / 34 - entropy_floor("copy")) > 3e-2
