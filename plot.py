@@ -1,14 +1,22 @@
 """
-The picture of a run: its losses, the balance of its experts, and where the experts' tokens went in
-the end.
+The picture of a run: its losses, what each token further ahead costs, the balance of its experts, and
+where the experts' tokens went in the end.
 
     python plot.py runs/toy                 draws runs/toy/loss.png again, from log.csv and load.json
-    python plot.py runs/a runs/b out.png    the validation curves of several runs in one picture
+    python plot.py runs/a runs/b out.png    validation of several runs, side by side; a-0 and a-1 are seeds of a
+
+A title says what is to be seen, in the run's own numbers. Lines are told apart by colour, by marker and
+by a name at their end.
+
+    COLOURS, MARKERS, STYLE      for every picture of this project; name_ends puts the names
 
 Not here  anything that is not already on disk: a picture can always be drawn again without training
+Sources   the colours are Okabe and Ito's, which colour-blind eyes tell apart
 """
 
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,99 +24,283 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import EngFormatter
 
 import checkpoint
+from config import LETTERS
+
+# blue, vermilion, orange, green, purple, sky
+COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+MARKERS = "osD^vP"
+# An inch is 80 pixels where README shows a picture of ten, so these are 13 to 16 pixels high.
+STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+}
+
+
+# 1. From a log to lines
+
+
+def points(rows, key, x="step"):
+    """Where a column holds finite numbers: xs, ys. A log of any version may lack any column."""
+    kept = [
+        (r[x], r[key])
+        for r in rows
+        if all(isinstance(r.get(k), (int, float)) and math.isfinite(r[k]) for k in (x, key))
+    ]
+    return [a for a, _ in kept], [b for _, b in kept]
+
+
+def smooth(ys, reach=3):
+    """Each becomes the mean of itself, up to `reach` before it and as many after it. At the end there
+    are fewer after it.
+    """
+    near = [min(reach, i) for i in range(len(ys))]
+    return [statistics.mean(ys[i - m : i + m + 1]) for i, m in enumerate(near)]
+
+
+def name_ends(ax, ends, gap=0.075):
+    """Names lines at the right edge: ends are (y, text, colour). Names that would touch move apart."""
+    low, high = ax.get_ylim()
+    places = []
+    for y, text, colour in sorted(ends, key=lambda end: end[0]):
+        at = (y - low) / (high - low)
+        places.append([max(at, places[-1][0] + gap) if places else at, text, colour])
+    over = max(0.0, places[-1][0] - 1) if places else 0.0
+    for at, text, colour in places:
+        ax.text(1.015, at - over, text, color=colour, transform=ax.transAxes, va="center")
+
+
+def save(fig, path):
+    checkpoint.write(Path(path), lambda f: fig.savefig(f, format="png"))
+    plt.close(fig)
+
+
+# 2. One run
+
+
+def draw_loss(ax, rows, floor):
+    """Nats a token, of training and of validation; a task's floor if it has one."""
+    steps, nats = points(rows, "train_nats")
+    ends, title = [], "Loss"
+    if nats:
+        ax.plot(steps, nats, color=COLOURS[0], alpha=0.25, lw=1)
+        ax.plot(steps, smooth(nats), color=COLOURS[0], lw=2)
+        ends.append((smooth(nats)[-1], "training\n(smoothed)", COLOURS[0]))
+        title = f"Loss: from {nats[0]:.1f} to {nats[-1]:.2f} nats a token"
+    seen, val = points(rows, "val_nats")
+    bits = points(rows, "val_bpb")[1]
+    if val:
+        ax.plot(seen, val, MARKERS[1] + "-", color=COLOURS[1], ms=5, lw=1)
+        ends.append((val[-1], "validation", COLOURS[1]))
+    if val and bits:
+        title = f"Loss: {bits[-1]:.3f} bits a byte of unseen text"
+        if floor is not None:
+            nats_floor = floor * val[-1] / bits[-1]
+            ax.axhline(nats_floor, color="0.3", ls="--", lw=1.2)
+            ends.append((nats_floor, f"the floor,\n{floor:.3f} bits", "0.3"))
+    ax.set(xlabel="optimiser step", ylabel="nats a token", title=title)
+    name_ends(ax, ends, gap=0.13)
+
+
+def draw_ahead(ax, rows, depths):
+    """What the MTP block's guess of a later token costs above the next token's."""
+    ends = []
+    for i, k in enumerate(depths):
+        both = [
+            dict(step=r["step"], more=r[f"mtp{k}_nats"] - r["train_nats"])
+            for r in rows
+            if points([r], f"mtp{k}_nats")[0] and points([r], "train_nats")[0]
+        ]
+        steps, more = points(both, "more")
+        if not more:
+            continue
+        line = smooth(more)
+        ax.plot(steps, more, color=COLOURS[i], alpha=0.2, lw=1)
+        ax.plot(steps, line, MARKERS[i] + "-", color=COLOURS[i], lw=2, ms=5, markevery=0.12)
+        ends.append((line[-1], f"t+{k + 1}: {line[-1]:+.2f}", COLOURS[i]))
+    dearer = ", ".join(end[1].split(": ")[1] for end in ends)
+    ax.axhline(0, color="0.3", lw=1)
+    ax.set(
+        xlabel="optimiser step",
+        ylabel="nats above the next token's",
+        title=f"Tokens further ahead cost {dearer} nats",
+    )
+    name_ends(ax, ends)
+
+
+def draw_balance(ax, rows, experts):
+    """MaxVio, mean and worst layer; in words how many experts idled."""
+    ends, title = [], "Balance of the experts"
+    for i, (key, name) in enumerate(
+        (("max_vio", "mean of\nlayers"), ("max_vio_worst", "worst\nlayer"))
+    ):
+        steps, vio = points(rows, key)
+        if vio:
+            ax.plot(steps, vio, MARKERS[i] + "-", color=COLOURS[i], lw=2, ms=5, markevery=0.12)
+            ends.append((vio[-1], name, COLOURS[i]))
+        if vio and key == "max_vio":
+            title = f"The busiest expert ends at {1 + vio[-1]:.2f} of its share"
+    steps, idle = points(rows, "idle")
+    if any(idle):
+        last = max(s for s, n in zip(steps, idle) if n)
+        said = (
+            f"at most {max(idle):.0f} of {experts} experts idle\nin a step, none after step {last}"
+        )
+        ax.text(0.97, 0.95, said, transform=ax.transAxes, ha="right", va="top", color="0.3")
+    ax.set(
+        xlabel="optimiser step",
+        ylabel="busiest / mean - 1 (MaxVio)",
+        title=title,
+        ylim=(0, None),
+    )
+    name_ends(ax, ends, gap=0.13)
+
+
+def draw_load(ax, load):
+    """Each expert's tokens over the mean of its layer. White is the mean, blue below, brown above."""
+    share = [[n * len(row) / max(1, sum(row)) for n in row] for row in load["tokens"]]
+    flat = [x for row in share for x in row]
+    reach = min(1.0, max(0.1, *(abs(x - 1) for x in flat)))
+    widest = max(map(len, share))
+    share = [row + [math.nan] * (widest - len(row)) for row in share]
+    image = ax.imshow(share, aspect="auto", cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach)
+    ax.set(
+        xlabel="expert",
+        title=f"Experts end at {min(flat):.2f} to {max(flat):.2f} of their share",
+    )
+    ax.set_yticks(range(len(load["layers"])), load["layers"])
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(False)
+    ax.figure.colorbar(
+        image, ax=ax, label="tokens / mean", extend="max" if reach == 1 else "neither"
+    )
+
+
+def panels(folder):
+    """What there is to draw of a run: functions of an axis."""
+    rows = checkpoint.read_log(folder / "log.csv")
+    facts, load = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for path in (folder / "config.json", folder / "load.json")
+    )
+    load = load if load.get("tokens") else dict(tokens=[], layers=[])
+    depths = [k for k in range(1, 9) if any(points(rows, f"mtp{k}_nats")[0])]
+    yield lambda ax: draw_loss(ax, rows, facts.get("corpus", {}).get("floor"))
+    if depths:
+        yield lambda ax: draw_ahead(ax, rows, depths)
+    if load["tokens"]:
+        yield lambda ax: draw_balance(ax, rows, sum(map(len, load["tokens"])))
+        yield lambda ax: draw_load(ax, load)
 
 
 def run(folder):
     """Draws loss.png of one run folder."""
-    rows = checkpoint.read_log(folder / "log.csv")
-    load = json.loads((folder / "load.json").read_text())
-    fig, (a, b, c) = plt.subplots(
-        1, 3, figsize=(15, 4.3), width_ratios=(5, 4, 4), layout="constrained"
-    )
-    step = [r["step"] for r in rows]
-    names = [("train_nats", "next token")] + [
-        (f"mtp{k}_nats", f"MTP depth {k}: token t+{k + 1}")
-        for k in range(1, 9)
-        if f"mtp{k}_nats" in rows[0]
-    ]
-    for i, (key, label) in enumerate(names):
-        a.plot(step, [r[key] for r in rows], f"C{i}", label=label, lw=1.8 if i == 0 else 1)
-    seen = [r for r in rows if r.get("val_nats", "") != ""]
-    a.plot(
-        [r["step"] for r in seen],
-        [r["val_nats"] for r in seen],
-        "ko",
-        ms=4,
-        label="next token, validation",
-    )
-    for r in seen[-1:]:
-        a.annotate(
-            f"{r['val_bpb']:.2f} bits/byte",
-            (r["step"], r["val_nats"]),
-            (0, 26),
-            textcoords="offset points",
-            ha="right",
-            weight="bold",
-        )
-    a.set(xlabel="step", ylabel="nats per token", title="Loss")
-    a.legend(frameon=False)
+    draw = list(panels(folder))
+    high, wide = math.ceil(len(draw) / 2), min(2, len(draw))
+    with plt.rc_context(STYLE):
+        fig = plt.figure(figsize=(11, 3.8 * high))
+        cells = fig.subfigures(high, wide, squeeze=False, hspace=0.03, wspace=0.02)
+        for cell, one in zip(cells.flat, draw):
+            one(cell.subplots())
+        save(fig, folder / "loss.png")
 
-    b.plot(step, [r["max_vio_worst"] for r in rows], "C1", lw=1, label="worst layer")
-    b.plot(step, [r["max_vio"] for r in rows], "C0", lw=1.8, label="mean over layers")
-    b.set(
-        xlabel="step",
-        ylabel="MaxVio = busiest expert / mean - 1",
-        title="Balance of the experts",
-        ylim=(0, None),
-    )
-    b.legend(frameon=False)
-    if any(r["idle"] for r in rows):
-        right = b.twinx()
-        right.plot(step, [r["idle"] for r in rows], "C3:", lw=1)
-        right.set(ylabel="experts without a token in the step, all layers (dotted)", ylim=(0, None))
 
-    if load["tokens"]:
-        share = [[n / (sum(row) / len(row)) for n in row] for row in load["tokens"]]
-        image = c.imshow(share, aspect="auto", cmap="viridis", vmin=0)
-        c.set(xlabel="expert", title="Load of each expert / mean, last interval")
-        c.set_yticks(range(len(load["layers"])), load["layers"])
-        fig.colorbar(image, ax=c)
-    else:
-        c.set_axis_off()
-    checkpoint.write(folder / "loss.png", lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
+# 3. Several runs
+
+
+def kind(folder):
+    """toy-0 and toy-1 are seeds of one thing, toy."""
+    return folder.name.rstrip("0123456789").rstrip("-") or folder.name
+
+
+def layers(folder):
+    """What a run's model is made of, in words: 4 Mamba-2, 4 LatentMoE, 1 attention."""
+    path = folder / "config.json"
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    pattern = facts.get("config", {}).get("hybrid_override_pattern", "")
+    return ", ".join(f"{pattern.count(x)} {LETTERS[x]}" for x in LETTERS if x in pattern)
+
+
+def band(logs, x):
+    """The validation of seeds of one thing -> x (their mean), lowest, mean and highest bits, and
+    whether the learning rate is still up; point by point as far as all seeds go.
+    """
+    logs = [[r for r in rows if points([r], "val_bpb", x)[0]] for rows in logs]
+    xs, ys, rates = (
+        list(zip(*(points(rows, k)[1] for rows in logs))) for k in (x, "val_bpb", "lr")
+    )
+    peak = max((max(rate) for rate in rates), default=0)
+    up = [len(rates) == len(ys) and min(rate) >= 0.999 * peak for rate in rates]
+    return (
+        [statistics.mean(p) for p in xs],
+        *([f(p) for p in ys] for f in (min, statistics.mean, max)),
+        up,
+    )
+
+
+def draw_kind(ax, logs, x, unit, i, label):
+    """A line through the means of the seeds -> the last. Hollow: the learning rate is up."""
+    at, low, mean, high, up = band(logs, x)
+    at = [a / unit for a in at]
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    ax.fill_between(at, low, high, color=colour, alpha=0.25, lw=0)
+    ax.plot(at, mean, marker + "-", color=colour, lw=2, ms=7, label=label)
+    hollow = [(a, m) for a, m, u in zip(at, mean, up) if u]
+    if hollow:
+        ax.plot(*zip(*hollow), marker, color=colour, ms=7, mfc="white", mew=1.5)
+    return mean[-1:]
 
 
 def compare(folders, out):
     """Draws the validation loss of several runs, in bits per byte, against tokens and against
-    seconds.
-
-    Runs whose names differ in their last number only, toy-0 and toy-1, are seeds of one thing: they
-    share a colour.
+    seconds. Seeds of one thing share a line, and the band between the best and the worst of them.
     """
-    kinds = [f.name.rstrip("0123456789").rstrip("-") or f.name for f in folders]
-    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(kinds))}
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.3), sharey=True, layout="constrained")
-    for i, (folder, kind) in enumerate(zip(folders, kinds)):
-        label = kind if kind not in kinds[:i] else None
-        rows = [r for r in checkpoint.read_log(folder / "log.csv") if r["val_bpb"] != ""]
-        for ax, x in zip(axes, ("tokens", "seconds")):
-            ax.plot(
-                [r[x] for r in rows],
-                [r["val_bpb"] for r in rows],
-                ".-",
-                color=colours[kind],
-                label=label,
-            )
-            ax.set(xlabel=x)
-    axes[0].xaxis.set_major_formatter(EngFormatter())
-    axes[0].set(ylabel="validation, bits per byte")
-    axes[0].legend(frameon=False)
-    checkpoint.write(Path(out), lambda f: fig.savefig(f, format="png", dpi=120))
-    plt.close(fig)
+    runs, made = {}, {}
+    for folder in folders:
+        runs.setdefault(kind(folder), []).append(checkpoint.read_log(folder / "log.csv"))
+        made.setdefault(kind(folder), layers(folder))
+    seeds = max(map(len, runs.values()))
+    with plt.rc_context(STYLE):
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
+        for ax, x, unit in ((axes[0], "tokens", 1e6), (axes[1], "seconds", 60)):
+            ends = []
+            for i, (name, logs) in enumerate(runs.items()):
+                last = draw_kind(ax, logs, x, unit, i, f"{name}: {made[name]}".rstrip(": "))
+                ends += [(y, f"{name}\n{y:.3f}", COLOURS[i % len(COLOURS)]) for y in last]
+        axes[0].set(
+            xlabel="million tokens read", ylabel="validation, bits a byte", title=verdict(runs)
+        )
+        axes[1].set(xlabel="minutes")
+        name_ends(axes[1], ends, gap=0.13)
+        said = f"band: {seeds} seeds\nhollow: learning rate still up"
+        axes[1].text(
+            0.97, 0.97, said, transform=axes[1].transAxes, ha="right", va="top", color="0.3"
+        )
+        axes[0].legend(frameon=False, loc="upper right", fontsize=11)
+        save(fig, out)
+
+
+def verdict(runs):
+    """The title: who ends lower, if every seed does; otherwise that they do not differ."""
+    ends = {
+        name: [y for log in logs for y in points(log, "val_bpb")[1][-1:]]
+        for name, logs in runs.items()
+    }
+    if len(ends) != 2 or not all(ends.values()):
+        return "Validation loss"
+    (a, low), (b, high) = sorted(ends.items(), key=lambda end: statistics.mean(end[1]))
+    if max(low) >= min(high):
+        return f"{a} and {b} differ by no more than seeds do"
+    return f"{a} ends {statistics.mean(high) - statistics.mean(low):.3f} bits a byte below {b}"
 
 
 def main(argv):

@@ -943,27 +943,6 @@ def test_the_picture(tmp_path, monkeypatch):
         raw = (tmp_path / name / "loss.png").read_bytes()
         wide, high = struct.unpack(">II", raw[16:24])
         assert raw[:8] == b"\x89PNG\r\n\x1a\n" and wide > 1200 and high > 400 and len(raw) > 10_000
-    plot.main([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "both.png")])
-    assert (tmp_path / "both.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for wrong in ([], [str(tmp_path)], [str(tmp_path / "a"), str(tmp_path / "b")]):
-        with pytest.raises(SystemExit) as e:
-            plot.main(wrong)
-        assert isinstance(e.value.code, str)  # a sentence, and exit status 1
-
-
-def test_seeds_of_one_thing_share_a_colour(tmp_path, monkeypatch):
-    drawn, receipts = [], Path(plot.__file__).parent / "receipts"
-    monkeypatch.setattr(plot.plt, "close", drawn.append)
-    plot.compare(
-        [receipts / name for name in ("toy-0", "toy-1", "plain-0")], tmp_path / "three.png"
-    )
-    for ax in drawn[0].axes:
-        one, two, other = (line.get_color() for line in ax.lines)
-        assert one == two != other
-    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == [
-        "toy",
-        "plain",
-    ]
 
 
 def test_a_notebook_can_call_it(tmp_path, capsys):

@@ -1,0 +1,154 @@
+"""The pictures: any log that any version wrote can be drawn, titles say what the numbers say, and
+lines are told apart without colour.
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import plot
+
+ROOT = Path(plot.__file__).parent
+RECEIPTS = ROOT / "receipts"
+ROW = dict(step=1, train_nats=5.0)
+LOGS = {
+    "one row": ([ROW], None),
+    "nothing seen yet": ([ROW | dict(val_nats="", val_bpb="", mtp1_nats=5.5, idle=0)], None),
+    "not finite": (
+        [ROW, dict(step=2, train_nats=math.nan), dict(step=3, train_nats=math.inf)],
+        None,
+    ),
+    "a hole": ([ROW | dict(mtp1_nats=""), dict(ROW, step=2, mtp1_nats=4.0)], None),
+    "idle": ([ROW | dict(max_vio=0.5, idle=3)], dict(layers=["a"], tokens=[[1, 2, 3]])),
+    "no tokens": ([ROW | dict(max_vio=0.0)], dict(layers=["a"], tokens=[[0, 0]])),
+    "unequal": (
+        [ROW | dict(max_vio=3.0)],
+        dict(layers=["a", "b"], tokens=[[9.0, 0, 0, 0], [1, 1]]),
+    ),
+    "another loss": ([dict(step=1, reward=0.5)], dict(layers=[], tokens=[])),
+}
+
+
+def write(folder, rows, load):
+    keys = dict.fromkeys(k for r in rows for k in r)
+    rows = [{k: r.get(k, "") for k in keys} for r in rows]
+    (folder / "log.csv").write_text(checkpoint.table(rows))
+    if load:
+        (folder / "load.json").write_text(json.dumps(load))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, instead of closing them."""
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    yield figures
+    monkeypatch.undo()
+    plot.plt.close("all")
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_any_log_can_be_drawn(tmp_path, name):
+    """No experts, no MTP, no validation, a column that an older version did not write."""
+    write(tmp_path, *LOGS[name])
+    plot.run(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("log", sorted(RECEIPTS.glob("*/log.csv")), ids=lambda p: p.parent.name)
+def test_every_receipt_can_be_drawn(tmp_path, log, drawn):
+    for path in log.parent.iterdir():
+        shutil.copy(path, tmp_path)
+    plot.run(tmp_path)
+    last = [r["val_bpb"] for r in checkpoint.read_log(log) if r["val_bpb"] != ""][-1]
+    titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
+    assert f"{last:.3f} bits" in titles[0]
+
+
+def test_a_floor_is_drawn(tmp_path, drawn):
+    """The bits a perfect model would pay, in the nats of the picture."""
+    write(tmp_path, [ROW | dict(val_nats=4.0, val_bpb=2.0)], None)
+    (tmp_path / "config.json").write_text(json.dumps(dict(corpus=dict(floor=1.5))))
+    plot.run(tmp_path)
+    assert [3.0, 3.0] in [list(line.get_ydata()) for line in drawn[0].axes[0].lines]
+
+
+def test_seeds_of_one_thing_share_a_line(tmp_path, drawn):
+    """Its colour and marker are its own, and the title says which ends lower."""
+    folders = [RECEIPTS / name for name in ("toy-0", "toy-1", "plain-0", "plain-1")]
+    plot.compare(folders, tmp_path / "four.png")
+    for ax in drawn[0].axes:
+        one, other = (line for line in ax.lines if line.get_linestyle() == "-")
+        assert one.get_color() != other.get_color() and one.get_marker() != other.get_marker()
+        assert len(ax.collections) == 2  # a band each
+    named = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert [name.split(":")[0] for name in named] == ["toy", "plain"]
+    assert "LatentMoE" in named[0]
+
+
+def logs(*ends):
+    return [[dict(step=1, val_bpb=end)] for end in ends]
+
+
+def test_a_title_is_what_the_numbers_say():
+    assert (
+        plot.verdict(dict(a=logs(1.0, 1.2), b=logs(1.3, 1.5))) == "a ends 0.300 bits a byte below b"
+    )
+    assert (
+        plot.verdict(dict(a=logs(1.3, 1.5), b=logs(1.0, 1.2))) == "b ends 0.300 bits a byte below a"
+    )
+    assert "no more than" in plot.verdict(dict(a=logs(1.0, 1.2), b=logs(1.1, 1.3)))
+
+
+def test_names_do_not_touch():
+    fig, ax = plot.plt.subplots()
+    ax.set_ylim(0, 1)
+    plot.name_ends(ax, [(0.5, "a", "k"), (0.51, "b", "k"), (0.99, "c", "k")], gap=0.1)
+    heights = [text.get_position()[1] for text in ax.texts]
+    plot.plt.close(fig)
+    assert heights[1] - heights[0] > 0.099 and max(heights) <= 1
+
+
+def test_smoothing():
+    assert plot.smooth([5.0] * 9) == [5.0] * 9 and plot.smooth([1.0]) == [1.0]
+    assert plot.smooth([0.0, 3.0, 0.0], reach=1) == [0.0, 1.0, 1.5]
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path):
+    for wrong in ([], [str(tmp_path)], [str(RECEIPTS / "toy-0"), str(RECEIPTS / "toy-1")]):
+        with pytest.raises(SystemExit) as e:
+            plot.main(wrong)
+        assert isinstance(e.value.code, str)  # a sentence, and exit status 1
+
+
+def test_the_stack_is_the_config(tmp_path, monkeypatch, drawn):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
+    import draw_stack
+
+    from config import Config
+
+    for preset in ("super", "toy"):
+        c = Config.preset(preset)
+        draw_stack.draw(c, tmp_path / "stack.png")
+        words = " ".join(text.get_text() for text in drawn[-1].axes[0].texts)
+        assert f"{c.num_hidden_layers} layers" in words and f"of {c.n_routed_experts}" in words
+        cells = [p for p in drawn[-1].axes[0].patches if type(p).__name__ == "Rectangle"]
+        assert len(cells) == c.num_hidden_layers
+
+
+def test_this_file_can_fail(tmp_path, monkeypatch):
+    """Columns that must be there, as they once had to be, are missed."""
+
+    def strict(rows, key, x="step"):
+        return [r[x] for r in rows], [r[key] for r in rows]
+
+    monkeypatch.setattr(plot, "points", strict)
+    write(tmp_path, *LOGS["one row"])
+    with pytest.raises(KeyError):
+        plot.run(tmp_path)
+    plot.plt.close("all")
