@@ -11,7 +11,6 @@ import struct
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
