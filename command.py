@@ -329,6 +329,16 @@ def run(work, kind, program, about, argv=None, make=None):
         p.exit(code, "\n" * (code == 130) + f"{p.prog}: {sentence}\n")
 
 
+@dataclass(frozen=True)
+class NoFlags:
+    """Of a file that only prints its point."""
+
+
+def demo(show, about):
+    """The same ends for such a file: `python mamba.py` calls show(); any flag is refused."""
+    run(lambda flags: show(), NoFlags, Path(sys.argv[0]).name, about)
+
+
 # 4. What several programs ask for
 
 
@@ -357,8 +367,8 @@ def text(path):
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def device(asked="auto"):
-    """The name of a device that this machine has."""
+def device(asked="auto", mps=True):
+    """The name of a device that this machine has. mps: whether auto may mean Apple's."""
     import torch
 
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
@@ -369,7 +379,9 @@ def device(asked="auto"):
         raise ValueError(
             f"--device {asked}: this PyTorch ({torch.__version__}) finds {there[0]} only"
         )
-    return there[0] if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    return there[0] if mps or there[0] == "cuda" else "cpu"
 
 
 def machine():

@@ -303,4 +303,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.demo(main, __doc__)

@@ -19,7 +19,6 @@ Not here  the network, except with --download; who sees whom: a blank line joins
 Sources   llm.c, nanoGPT (token files); Salmon et al. 2011 (Philox)
 """
 
-import argparse
 import glob
 import math
 import re
@@ -27,6 +26,7 @@ import shutil
 import sys
 import sysconfig
 import urllib.request
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +34,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+import command
+from command import knob
 
 # data is the door to the tokenizer too: train.py and sample.py say data.encode, data.pack and so
 # on.
@@ -381,20 +384,16 @@ def download(name, shards=1):
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def main():
+@dataclass(frozen=True)
+class Flags:
+    download: str = knob("", "fetch this corpus into data/, and nothing else", choices=("", *URLS))
+    shards: int = knob(1, "training files of fineweb, 100 M tokens each", least=1, most=103)
+
+
+def show(a):
     """Prints what the file claims: a batch is a function, and what a task costs."""
-    parser = argparse.ArgumentParser(
-        description="Bare: this file's ideas in numbers.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "--download", choices=list(URLS), help="fetch a corpus into data/, and nothing else"
-    )
-    parser.add_argument(
-        "--shards", type=int, default=1, help="training files of fineweb, 100 M tokens each"
-    )
-    args = parser.parse_args()
-    if args.download:
-        return download(args.download, args.shards)
+    if a.download:
+        return download(a.download, a.shards)
 
     text = corpus("python")
     enc = tokenizer("bpe:2048", text.train)
@@ -417,6 +416,10 @@ def main():
     few = corpus("facts").train[:15].reshape(-1, 5).tolist()
     shown = "   ".join(f"{bytes(f[:3]).hex()} -> {bytes(f[3:]).hex()}" for f in few)
     print(f"{'facts':11}{0:7.3f}   {shown}, once all {16 * FACTS:,} bits are known")
+
+
+def main(argv=None):
+    command.run(show, Flags, "data.py", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -177,4 +177,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

@@ -22,15 +22,16 @@ Sources   arXiv:2604.12374 section 3.2: frozen backbone, NLL, the final model's 
           The mean instead of one draw, the schedule and the sizes are ours
 """
 
-import argparse
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import command
 import data
 import sample
+from command import ENDLESS, knob
 from speculate import Tally, rounds
 
 
@@ -84,67 +85,62 @@ def heal(model, ids, steps, lr=1e-3, batch=16, seed=0):
     model.requires_grad_(True)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(
-        description="Train the MTP block alone on the model's own text.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+@dataclass(frozen=True)
+class Flags:
+    run: str = knob("runs/toy", "a run folder, or one checkpoint file in it")
+    out: str = knob("runs/healed", "the folder to write the healed model to")
+    steps: int = knob(128, "optimiser steps", least=1, most=ENDLESS)
+    texts: int = knob(1024, "texts the model writes for itself", least=1, most=1 << 24, memory=True)
+    length: int = knob(
+        128, "tokens of a text, of which 32 are the prompt", least=40, most=1 << 24, memory=True
     )
-    add = p.add_argument
-    add("--run", default="runs/toy", help="a run folder, or one checkpoint file in it")
-    add("--out", default="runs/healed", help="the folder to write the healed model to")
-    add("--steps", type=int, default=128, help="optimiser steps")
-    add("--texts", type=int, default=1024, help="texts the model writes for itself")
-    add("--length", type=int, default=128, help="tokens of a text, of which 32 are the prompt")
-    add(
-        "--lr", type=float, default=1e-3, help="learning rate, falling to zero over the second half"
+    lr: float = knob(
+        1e-3, "learning rate, falling to zero over the second half", above=0, most=1e30
     )
-    add("--seed", type=int, default=0, help="of the prompts and of the text")
-    a = p.parse_args(argv)
-    sample.quicken()
-    try:
-        if Path(a.out).exists():
-            raise ValueError(f"{a.out} is there already: --out names a new folder")
-        if a.steps < 1 or a.texts < 1 or a.length < 40:
-            raise ValueError(
-                f"need steps and texts >= 1 and length >= 40, not {a.steps}, {a.texts}, {a.length}"
-            )
-        saved = checkpoint.read(a.run)
-        model, enc, step = sample.load_run(a.run)
-        if model.mtp is None:
-            raise ValueError(f"{a.run} has no MTP block to heal")
-        corpus = data.corpus(saved["run"]["data"])
-        train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
+    seed: int = knob(0, "of the prompts and of the text", least=0, most=2**32 - 1)
 
-        def show(when):
-            t = acceptance(model, val, seed=a.seed)
+
+def work(a):
+    sample.quicken()
+    if Path(a.out).exists():
+        raise ValueError(f"{a.out} is there already: --out names a new folder")
+    saved = checkpoint.read(a.run)
+    model, enc, step = sample.load_run(a.run)
+    if model.mtp is None:
+        raise ValueError(f"{a.run} has no MTP block to heal")
+    corpus = data.corpus(saved["run"]["data"])
+    train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
+
+    def show(when):
+        t = acceptance(model, val, seed=a.seed)
+        print(
+            f"{when:7} mean accepted length {t.tokens / t.rounds:.3f} of 8; by draft index "
+            + " ".join(f"{t.stood[k] / max(1, t.reached[k]):.3f}" for k in range(1, 8)),
+            flush=True,
+        )
+
+    show("before")
+    rows = prompts(train, a.texts, 32, a.seed)
+    ids = torch.cat(
+        [
+            sample.generate(model, some, a.length - 31, 1.0, seed=a.seed + i)
+            for i, some in enumerate(rows.split(64))
+        ]
+    )
+    for i, each in enumerate(heal(model, ids, a.steps, a.lr, seed=a.seed), 1):
+        if i % 25 == 0 or i in (1, a.steps):
             print(
-                f"{when:7} mean accepted length {t.tokens / t.rounds:.3f} of 8; by draft index "
-                + " ".join(f"{t.stood[k] / max(1, t.reached[k]):.3f}" for k in range(1, 8)),
+                f"step {i:4}  " + "  ".join(f"depth {k}: {e:.3f}" for k, e in enumerate(each, 1)),
                 flush=True,
             )
+    show("after")
+    checkpoint.save(Path(a.out), step, dict(saved, model=model.state_dict(), optimizer=None))
+    print(f"wrote {a.out}; sample.py --run takes it")
 
-        show("before")
-        rows = prompts(train, a.texts, 32, a.seed)
-        ids = torch.cat(
-            [
-                sample.generate(model, some, a.length - 31, 1.0, seed=a.seed + i)
-                for i, some in enumerate(rows.split(64))
-            ]
-        )
-        for i, each in enumerate(heal(model, ids, a.steps, a.lr, seed=a.seed), 1):
-            if i % 25 == 0 or i in (1, a.steps):
-                print(
-                    f"step {i:4}  "
-                    + "  ".join(f"depth {k}: {e:.3f}" for k, e in enumerate(each, 1)),
-                    flush=True,
-                )
-        show("after")
-        checkpoint.save(Path(a.out), step, dict(saved, model=model.state_dict(), optimizer=None))
-        print(f"wrote {a.out}; sample.py --run takes it")
-    except (ValueError, OSError) as e:
-        p.error(str(e))
+
+def main(argv=None):
+    command.run(work, Flags, "heal.py", __doc__, argv)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

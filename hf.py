@@ -32,17 +32,19 @@ Departs   1. A_log, D, dt_bias and the router stay fp32; of these the release st
           as in Super
 """
 
-import argparse
 import json
 import re
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import command
+from command import LONGEST, knob
 from model import Config, Nemotron
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -79,21 +81,47 @@ def precision(name, t):
     return torch.promote_types(t, torch.float32) if name.endswith(SMALL) else t
 
 
-def opened(path, how=lambda path: safe_open(path, "pt")):
+def opened(path):
     try:
-        return how(path)
+        return safe_open(path, "pt")
     except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise ValueError(f"{path} is missing, truncated or of another format: {e}") from None
+
+
+def indexed(path):
+    """The files that an index names: beside it, and nowhere else."""
+    names = command.document(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{path} has no weight_map from tensors to files")
+    for file in names.values():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or ":" in file:
+            raise ValueError(f"{path} names {command.brief(file)}, which is no file beside it")
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{path} names {command.brief(file)}, which is no .safetensors file")
+    return set(names.values())
+
+
+def ends(dir):
+    """The ids that end a text, as config.json and generation_config.json name them."""
+    found = []
+    for name in ("config.json", "generation_config.json"):
+        path = Path(dir) / name
+        ids = command.document(path).get("eos_token_id") if path.exists() else None
+        for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if type(i) is not int or i < 0:
+                raise ValueError(f"{path}: eos_token_id {command.brief(ids)} holds {i!r}, no id")
+            found.append(i)
+    return sorted(set(found))
 
 
 def survey(dir):
     """The Config of a checkpoint, and (file, name, dtype, shape) of all its tensors. Reads only
     headers.
     """
-    dir, parse = Path(dir), lambda path: dict(json.loads(path.read_text()))
-    given, tensors, files = opened(dir / "config.json", parse), [], set()
+    dir = Path(dir)
+    given, tensors, files = command.document(dir / "config.json"), [], set()
     if (dir / INDEX).exists():
-        files.update(opened(dir / INDEX, parse).get("weight_map", {}).values())
+        files.update(indexed(dir / INDEX))
     if (dir / SINGLE).exists() or not files:  # both: then its tensors are there twice
         files.add(SINGLE)
     for file in sorted(files):
@@ -103,10 +131,15 @@ def survey(dir):
         ]  # in the order of the bytes
         tensors += [(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
     kinds = sorted({dtype for _, _, dtype, _ in tensors})
-    if given.get("quantization_config") or set(kinds) - {"F64", "F32", "F16", "BF16"}:
+    if set(kinds) - {"F64", "F32", "F16", "BF16"}:
         raise ValueError(
             f"{dir} is quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds "
             f"{', '.join(kinds)}): load the BF16 checkpoint instead"
+        )
+    if given.pop("quantization_config", None):
+        print(
+            f"{dir}: config.json has a quantization_config, but every tensor is {', '.join(kinds)}: "
+            "loading them as they are"
         )
     config, mtp = Config.from_hf(given), any(name.startswith("mtp.") for _, name, _, _ in tensors)
     if mtp and not config.num_nextn_predict_layers:
@@ -159,6 +192,9 @@ def load(dir, dtype=torch.float32, device="cpu"):
     model = skeleton(config, tensors)
     for name, t in model.state_dict(keep_vars=True).items():
         t.data = t.data.to(precision(name, dtype))
+    if torch.device(device).type == "cpu":
+        size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
+        command.fits(size, f"{dir}: its weights in {str(dtype).split('.')[1]}")
     model.to_empty(device=device)  # the only copy there will be
     for b in model.buffers():
         b.zero_()  # the experts' load is in no file
@@ -223,24 +259,26 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
             Path(new, file).replace(dir / file)
 
 
-def main(argv=None):
+@dataclass(frozen=True)
+class Flags:
+    dir: str | None = knob(
+        None,
+        "a checkpoint to inspect, by the headers of its safetensors",
+        least=1,
+        most=LONGEST,
+        place=True,
+    )
+
+
+def show(a):
     """Prints the layout of Super and what a round trip returns; or whether a directory fits its
     config.
     """
-    p = argparse.ArgumentParser(
-        description="The layout of the released checkpoint.", allow_abbrev=False
-    )
-    p.add_argument(
-        "dir", nargs="?", help="a checkpoint to inspect, by the headers of its safetensors"
-    )
-    config = Config.preset("super")
-    if dir := p.parse_args(argv).dir:
-        try:
-            config, tensors = survey(dir)
-            print(dir, "holds tensors in", dict(Counter(dtype for _, _, dtype, _ in tensors)))
-            skeleton(config, tensors)
-        except ValueError as e:
-            p.error(str(e))
+    config, dir = Config.preset("super"), a.dir
+    if dir:
+        config, tensors = survey(dir)
+        print(dir, "holds tensors in", dict(Counter(dtype for _, _, dtype, _ in tensors)))
+        skeleton(config, tensors)
     letter, rows, kinds = (
         lambda at: config.hybrid_override_pattern[int(at[0])],
         Counter(),
@@ -264,6 +302,10 @@ def main(argv=None):
             for a, b in zip(toy.state_dict().values(), load(dir).state_dict().values())
         ]
     print(f"loaded again: {sum(same)} of {len(same)} tensors equal bit for bit")
+
+
+def main(argv=None):
+    command.run(show, Flags, "hf.py", __doc__, argv)
 
 
 if __name__ == "__main__":

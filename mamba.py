@@ -391,4 +391,6 @@ def milliseconds(f, *args):
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

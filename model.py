@@ -22,14 +22,16 @@ Departs   residual stream and parameters are fp32 (matrix products in bf16 under
           release's bf16
 """
 
-import argparse
 import math
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+import command
 from attention import KV, Attention
+from command import knob
 from config import LETTERS, PRESETS, Config
 from latent_moe import MLP, LatentMoE
 from mamba import Mamba2, State
@@ -343,19 +345,15 @@ def costs(config, context=8192):
     return rows, mtp, cache
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(
-        description="What a preset is made of and what it costs.", allow_abbrev=False
-    )
-    p.add_argument("--preset", default="super", help=", ".join(PRESETS))
-    p.add_argument(
-        "--context", type=int, default=8192, help="tokens of context, for FLOPs and cache"
-    )
-    a = p.parse_args(argv)
-    try:
-        c = Config.preset(a.preset)
-    except ValueError as e:
-        p.error(str(e))
+@dataclass(frozen=True)
+class Flags:
+    preset: str = knob("super", ", ".join(PRESETS), choices=PRESETS)
+    context: int = knob(8192, "tokens of context, for FLOPs and cache", least=1, most=1 << 40)
+
+
+def table(a):
+    """Prints a preset's parameters, operations and memory."""
+    c = Config.preset(a.preset)
     rows, mtp, cache = costs(c, a.context)
     print(
         f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n\n  {c.hybrid_override_pattern}\n"
@@ -389,6 +387,10 @@ def main(argv=None):
         f"in fp32, before activations;\n           "
         f"{3 * flops / 1e9:,.3f} GFLOP a token, forward and backward, without MTP"
     )
+
+
+def main(argv=None):
+    command.run(table, Flags, "model.py", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Sources   the colours are Okabe and Ito's, which colour-blind eyes tell apart
 import json
 import math
 import statistics
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import checkpoint
+import command
+from command import knob
 from config import LETTERS
 
 # blue, vermilion, orange, green, purple, sky
@@ -303,16 +305,19 @@ def verdict(runs):
     return f"{a} ends {statistics.mean(high) - statistics.mean(low):.3f} bits a byte below {b}"
 
 
-def main(argv):
-    folders = [Path(a) for a in argv if not a.endswith(".png")]
-    out = [a for a in argv if a.endswith(".png")]
-    lacking = [f for f in folders if not (f / "log.csv").is_file()]
-    if not folders or lacking or len(out) > 1 or (len(folders) > 1) != bool(out):
-        sys.exit(
-            f"plot.py: {lacking[0]} holds no log.csv"
-            if lacking
-            else "usage: plot.py RUN   or   plot.py RUN RUN ... OUT.png"
-        )
+@dataclass(frozen=True)
+class Flags:
+    paths: tuple = knob((), "a run folder; or several, and the OUT.png to draw them in", place=True)
+
+
+def work(a):
+    folders = [Path(p) for p in a.paths if not p.endswith(".png")]
+    out = [Path(p) for p in a.paths if p.endswith(".png")]
+    if not folders or len(out) > 1 or (len(folders) > 1) != bool(out):
+        raise ValueError("give one folder: plot.py RUN   or several: plot.py RUN RUN ... OUT.png")
+    for f in folders:
+        if not (f / "log.csv").is_file():
+            raise ValueError(f"{f} holds no log.csv")
     if out:
         compare(folders, out[0])
     else:
@@ -320,5 +325,9 @@ def main(argv):
     print(out[0] if out else folders[0] / "loss.png")
 
 
+def main(argv=None):
+    command.run(work, Flags, "plot.py", __doc__, argv)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -570,7 +570,6 @@ def test_tensors_that_do_not_fit_are_all_named(saved, change, words):
             dict(num_nextn_predict_layers=0),
             "but its config.json has num_nextn_predict_layers 0",
         ),
-        (lambda t: None, dict(quantization_config=dict(quant_algo="MIXED_PRECISION")), "quantised"),
         (
             add(
                 x__weight=torch.zeros(4, 4, dtype=torch.uint8),
@@ -769,11 +768,25 @@ def test_main(saved, capsys):
     assert "every tensor has its place" in capsys.readouterr().out
 
 
+def test_a_stale_quantization_config_is_said_and_ignored(saved, capsys):
+    """Plain numbers under a config.json that still calls them quantised."""
+    path = saved / "config.json"
+    given = json.loads(path.read_text())
+    path.write_text(json.dumps(given | dict(quantization_config=dict(quant_method="bitsandbytes"))))
+    model = hf.load(saved)
+    assert capsys.readouterr().out.count("has a quantization_config, but every tensor is F32") == 1
+    path.write_text(json.dumps(given))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), hf.load(saved).state_dict().values())
+    )
+
+
 def test_main_says_what_is_wrong(saved, capsys):
     edit(saved, drop(D))
     for argv, word in (
         ([str(saved)], f"missing      {D} [8]"),
-        ([str(saved / "x")], "config.json is missing"),
+        ([str(saved / "x")], "No such file or directory"),
         (["--di", "x"], "unrecognized arguments"),
     ):
         with pytest.raises(SystemExit) as e:

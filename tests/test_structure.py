@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# file: what of ours it may import, lowest floor first; a file imports only from floors below its own
+# file: what of ours it may import, lowest floor first; a file imports only from floors below its own.
+# Any of them may import command.py: it says what a program is, and nothing of the model.
 HOUSE = {
     "attention": (),
     "checkpoint": (),
     "command": (),
-    "config": ("command", "family"),
+    "config": ("family",),
     "family": (),
     "latent_moe": (),
     "mamba": (),
@@ -31,7 +32,7 @@ HOUSE = {
     "scale.budget": ("config",),
     "scale.shards": ("checkpoint",),
     "speed.rows": ("config", "mamba"),
-    "training.settings": ("command", "config"),
+    "training.settings": ("config",),
     "hf": ("model",),
     "scale.parallel": ("attention", "latent_moe", "mamba", "model", "mtp"),
     "speculate": ("decode", "mtp"),
@@ -153,7 +154,7 @@ def faults(name, text):
     """What a file does that the house forbids."""
     tree, allowed = ast.parse(text), HOUSE[name]
     doc = ast.get_docstring(tree) or ""
-    found = [f"imports {other}" for other in ours(tree) if other not in allowed]
+    found = [f"imports {other}" for other in ours(tree) if other not in (*allowed, "command")]
     found += [
         f"imports {top} outside a function"
         for top, inside in imports(tree)
