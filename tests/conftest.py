@@ -15,7 +15,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 collect_ignore = ["interpreted", "compiled"]  # processes of their own: test_kernels.py starts them
 settings.register_profile(
     "repo", deadline=None, derandomize=True, database=None

@@ -794,6 +794,7 @@ def test_main_says_what_is_wrong(saved, capsys):
         assert e.value.code == 2 and word in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_comparison_of_speeds_runs(world):
     """ablations/peers.py, one turn: every side trains and writes, and the ratios are those of its
     own numbers.

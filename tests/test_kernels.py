@@ -45,8 +45,14 @@ def run(*args, **env):
     )
 
 
+def marked(names):
+    """Parameters; those that take 20 seconds and more are slow."""
+    slow = {"test_checks", "test_experts", "test_fp4"}
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n in slow)) for n in names]
+
+
 @needs_triton
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", marked(INTERPRETED))
 def test_interpreted(name):
     done = run(
         "-m",

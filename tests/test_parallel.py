@@ -107,7 +107,7 @@ def same(r):
     return r["first"] < 1e-5 and r["loss"] < 1e-5 and r["grad"] < 1e-5 and r["end"] < 1e-5
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_ranks_are_one(n):
     """ep,cp,skew,recompute: loss, every gradient and five steps, MTP on. skew: all tokens go to two
     experts.
@@ -230,6 +230,7 @@ def test_the_long_context_stage_of_the_readme(monkeypatch, tmp_path):
     assert sorted(r.length for r, _ in said) == [4096, 1048576]
 
 
+@pytest.mark.slow
 def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
     """Every second batch is short: nats are over its own targets, and the log adds up what was
     read.
@@ -290,6 +291,7 @@ def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_resuming_on_fewer_ranks_goes_on_with_the_same_curve(tmp_path):
     """4, then 2, then 1 ranks, other ep and cp each time, against one process: so the order of the
     data is the same.
