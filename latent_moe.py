@@ -1,18 +1,17 @@
 """
-LatentMoE: a mixture of experts in a narrow copy of the residual stream, so that more experts cost
-no more.
+LatentMoE: a mixture of experts in a narrow copy of the residual stream, so that more cost no more.
 
-A mixture of experts answers each token with k of its E small networks. Reading those experts'
-weights bounds a small batch, sending tokens to them a large one; both costs are proportional to the
-width of what an expert reads. So shrink it, d -> l, and spend the factor d/l on d/l times as many
-experts, d/l times as many a token:
+A mixture of experts answers each token with k of its E small networks. In a small batch the
+bottleneck is reading those experts' weights from memory, in a large one it is sending tokens to the
+machines that hold them; both costs are proportional to the width of what an expert reads. So shrink
+it, d -> l, and spend the factor d/l on d/l times as many experts, d/l times as many a token:
 
     s = sigmoid(W_r u)                      E scores, fp32, from the full-width token
     T = the k largest of s + bias           bias balances the load: it chooses ...
     p = scale * s_T / sum(s_T)              ... but it never weighs
     c = W_1 u                               d -> l, once
     r = sum over e in T of  p_e W_down,e relu(W_up,e c)^2
-    y = W_2 r + V_down relu(V_up u)^2       l -> d, once, after the sum; the shared expert stays at full width
+    y = W_2 r + V_down relu(V_up u)^2       l -> d, once, after the sum; V: the shared expert, wide
 
 Two forces keep the experts equally busy. After every optimiser step the bias of an overloaded
 expert sinks by a fixed rate and that of an idle one rises (update_bias; no gradient, so the loss
@@ -22,25 +21,31 @@ experts (`balance`, weight 1e-4).
 The experts may stand in groups (of neighbours, one group a machine): a token then chooses its
 groups first, and its experts only in them (`choose`). The released models have one group.
 
-Letters   b batch  t time  d model width  m = b*t tokens  E experts  k chosen  l latent  f expert hidden
-Super     E=512 k=22 d=4096 l=1024 f=2688, shared hidden 5376, scale 5; 40 such layers: 95 % of all
-          parameters
-Not here  ranks: `exchange` is where tokens may leave for other machines. Quantised experts: replace `mm`
-Sources   arXiv:2601.18089 (latent), 2604.12374 sections 2.1 and 2.4, 2412.19437 section 2.1.2
-          (bias)
-Departs   from the release only in storage: experts are stacked (E, out, in); hf.py splits and joins
-          them
+Letters   b batch  t time  d model width  m = b*t tokens  E experts  k experts a token
+          l latent width  f an expert's hidden width
+          MaxVio: how far the busiest expert's load is above the mean, in means; 0 is balanced
+Super     E=512 k=22 d=4096 l=1024 f=2688, shared hidden 5376, scale 5
+          40 such layers: 95 % of all parameters
+Not here  ranks: `exchange` is where tokens may leave for other machines
+          quantised experts: they replace `mm`
+Sources   arXiv:2601.18089 (latent), 2604.12374 sections 2.1 and 2.4
+          arXiv:2412.19437 section 2.1.2 (bias)
+Departs   from the release only in storage: experts are stacked (E, out, in); hf.py splits and
+          joins them
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEW = 32  # tokens, up to which Experts.wide may pay
+FEW = 32  # tokens, up to which Experts.meet_all may pay
 
 
 def grouped_mm(x, w, count):
-    """Row block e of x times w[e].T.   x (m, i) by expert, w (E, o, i), count (E,) rows of each -> (m, o)"""
+    """Row block e of x times w[e].T.
+
+    x (m, in), sorted by expert   w (E, out, in)   count (E,) rows of each   -> (m, out)
+    """
     w = w.to(x.dtype)
     if torch_can(x, w):  # one call instead of E
         return F.grouped_mm(x, w.mT, offs=count.cumsum(0).int())
@@ -48,17 +53,14 @@ def grouped_mm(x, w, count):
 
 
 def torch_can(x, w):
-    """Whether F.grouped_mm takes these: it wants rows of whole 16 bytes, and not fp64, nor every
-    device.
-    """
-    whole = all(n * x.element_size() % 16 == 0 for n in w.shape[1:])
-    return whole and (
-        x.dtype == torch.bfloat16 or x.dtype == torch.float32 and x.device.type == "cpu"
-    )
+    """Whether F.grouped_mm takes these: rows of a multiple of 16 bytes; bf16, or fp32 on a CPU."""
+    aligned = all(n * x.element_size() % 16 == 0 for n in w.shape[1:])
+    fp32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return aligned and (fp32 or x.dtype == torch.bfloat16)
 
 
 class MLP(nn.Module):
-    """down(relu(up(x))^2): the un-gated network of shared experts and `-` layers.   (..., d) -> (..., d)"""
+    """down(relu(up(x))^2): the network of shared experts and `-` layers.   (..., d) -> (..., d)"""
 
     def __init__(self, d, hidden, bias=False):
         super().__init__()
@@ -70,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """The scores' matrix, and the bias that only chooses (a buffer: no gradient ever reaches it)."""
+    """The matrix of the scores, and the bias that only chooses (a buffer: it gets no gradient)."""
 
     def __init__(self, d, experts):
         super().__init__()
@@ -99,22 +101,26 @@ def choose(score, k, groups=1, kept=1):
 
 
 class Experts(nn.Module):
-    """All experts of a layer in two stacked matrices.   (m, l) -> (m, l), each token through its k experts"""
+    """All experts of a layer in two stacked matrices; each token goes through its k.
+
+    c (m, l)   pick (m, k), the experts of each token   gate (m, k), their weights   -> (m, l)
+    """
 
     def __init__(self, experts, width, hidden):
         super().__init__()
         self.up_proj = nn.Parameter(torch.randn(experts, hidden, width) * width**-0.5)
         self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5)
-        self.mm = grouped_mm  # seam: for nvfp4.py's own
-        self.exchange = None  # seam: parallel.py's all-to-all
-        self.fast = False  # kernels/experts.py, all in one
+        self.mm = grouped_mm  # seam: quant/lowbit.py
+        self.exchange = None  # seam: scale/parallel.py
+        self.fast = False
 
-    def forward(self, c, pick, gate):  # (m, l) (m, k) (m, k)
-        if self.fast:
+    def forward(self, c, pick, gate):
+        fast = self.fast
+        if fast:
             if self.exchange or not getattr(self.mm, "fast", self.mm is grouped_mm):
                 raise ValueError(
-                    "experts with fast=True have no place for an exchange between ranks, or for an mm "
-                    "without a kernel"
+                    "experts with fast=True have no place for an exchange between ranks, "
+                    "or for an mm without a kernel"
                 )
             if self.mm is grouped_mm:  # four bits: mm has its own
                 from kernels.experts import experts
@@ -122,12 +128,10 @@ class Experts(nn.Module):
                 return experts(c, pick, gate, self.up_proj, self.down_proj)
         if torch.is_autocast_enabled(c.device.type):  # as a Linear does of itself
             c = c.to(torch.get_autocast_dtype(c.device.type))
+        plain = self.mm is grouped_mm and not self.exchange and not torch.is_grad_enabled()
+        if plain and self.want_all(pick):
+            return self.meet_all(c, pick, gate)
         (m, k), E = pick.shape, len(self.up_proj)
-        few = (
-            m <= FEW and m * k >= E or torch.compiler.is_exporting()
-        )  # which cannot follow who chose whom
-        if few and not (torch.is_grad_enabled() or self.exchange) and self.mm is grouped_mm:
-            return self.wide(c, pick, gate)
         order = pick.flatten().argsort(stable=True)  # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)  # (m*k, l)   each slot's token
         count = pick.flatten().bincount(minlength=E)  # (E,)
@@ -143,10 +147,18 @@ class Experts(nn.Module):
         out = out.index_select(0, slot).view(m, k, -1)  # (m, k, l)   by token again
         return (gate.to(c.dtype)[:, None] @ out).squeeze(1)  # (m, l)   the weighted sum
 
-    def wide(self, c, pick, gate):
-        """The same for few tokens, which together want most experts anyway. Then the price is
-        reading the weights, and all tokens may as well meet all experts: a gate of 0 switches off
-        what a token did not choose."""
+    def want_all(self, pick):
+        """Whether the tokens are few, but together want about as many experts as there are. While
+        a step is exported too: how many rows an expert gets is not known then."""
+        m, k = pick.shape
+        return torch.compiler.is_exporting() or m <= FEW and m * k >= len(self.up_proj)
+
+    def meet_all(self, c, pick, gate):
+        """The same for few tokens, which together want most experts anyway.
+
+        Then the price is reading the weights, and all tokens may as well meet all experts: a gate
+        of 0 switches off those that a token did not choose.
+        """
         E, up, down = len(self.up_proj), self.up_proj.to(c.dtype), self.down_proj.to(c.dtype)
         switch = gate.new_zeros(len(c), E).scatter(1, pick, gate)  # (m, E)
         hid = F.linear(c, up.flatten(0, 1)).relu().square()  # (m, E*f)
@@ -155,13 +167,14 @@ class Experts(nn.Module):
 
 
 class LatentMoE(nn.Module):
-    """Router, latent projections, routed experts, shared expert. latent=None: the experts work at
-    full width. bias: of every matrix but the router's and the routed experts'. ValueError for sizes
-    that leave a token without its top_k experts.
+    """Router, latent projections, routed experts, shared expert.
 
-    While training it keeps two notes for the optimiser step: `load` (E,), tokens each expert got
-    since the last update_bias, and `balance`, the sequence balance loss summed over sequences (None
-    in evaluation).
+    latent=None: the experts work at full width. bias: of every matrix but the router's and the
+    routed experts'. ValueError for sizes that leave a token without its top_k experts.
+
+    latent=None: the experts work at full width. While training it keeps two notes for the optimiser
+    step: `load` (E,), tokens each expert got since the last update_bias, and `balance`, the
+    sequence balance loss summed over sequences (None in evaluation).
     """
 
     def __init__(
@@ -201,7 +214,8 @@ class LatentMoE(nn.Module):
         self.fc2_latent_proj = nn.Linear(latent, d, bias) if latent else nn.Identity()
         self.shared_experts = MLP(d, shared_hidden, bias)
         self.register_buffer("load", torch.zeros(experts, dtype=torch.long), persistent=False)
-        self.balance = self.whole = None  # whole: seam, for slices of a sequence
+        self.balance = None
+        self.whole_sequence = None  # seam: scale/parallel.py
 
     def forward(self, u):  # (b, t, d) -> (b, t, d)
         return self.mix(u, *self.route(u))
@@ -216,36 +230,32 @@ class LatentMoE(nn.Module):
             gate = gate / (gate.sum(1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
             self.load += pick.flatten().bincount(minlength=len(self.load))
-            rows = score.view(*u.shape[:2], -1)
-            balance = sequence_balance(rows, self.top_k, self.whole, *self.groups)
+            score = score.view(*u.shape[:2], -1)  # (b, t, E)
+            balance = sequence_balance(score, self.top_k, self.whole_sequence, *self.groups)
             self.balance = balance if self.balance is None else self.balance + balance
         return pick, self.scale * gate
 
     def mix(self, u, pick, gate):
-        """Squeeze d -> l, run the chosen experts, sum, expand l -> d; the shared expert sees every
-        token.
-        """
+        """Squeeze d -> l, run the chosen experts, sum, expand l -> d; add the shared expert's."""
         c = self.fc1_latent_proj(u.flatten(0, 1))  # (m, l)
         r = self.experts(c, pick, gate)  # (m, l)
         return self.fc2_latent_proj(r).view_as(u) + self.shared_experts(u)
 
 
-def sequence_balance(score, k, whole=None, groups=1, kept=1):
-    """E/(k t^2) sum_e (sum_t share_te) count_e, summed over sequences; each gives 1 balanced, E/k
-    at worst.
+def sequence_balance(score, k, whole_sequence=None, groups=1, kept=1):
+    """E/(k t^2) sum_e (sum_t share_te) count_e, summed over sequences.   score (b, t, E) -> scalar
 
-    share is the score over the sum of all E scores; count is the top-k of the scores without the
-    bias, so
-    that the two balancing forces do not answer each other.   score (b, t, E) -> scalar
-    Of a slice of the sequences: its part. whole(count, t) is then the count and length of whole
-    ones.
+    Each sequence gives 1 when balanced, E/k at worst. share is the score over the sum of all E
+    scores; count is the top-k of the scores without the bias, so that the two balancing forces do
+    not answer each other. Of slices it gives their part: whole_sequence(count, t) then makes of a
+    slice's count and length those of the whole sequences.
     """
     b, t, E = score.shape
     share = (score / score.sum(-1, keepdim=True)).sum(1)  # (b, E)
     pick = choose(score.detach(), k, groups, kept).flatten(1)  # (b, t*k)
     count = torch.zeros_like(share).scatter_add_(1, pick, torch.ones_like(pick, dtype=share.dtype))
-    if whole:
-        count, t = whole(count, t)
+    if whole_sequence:
+        count, t = whole_sequence(count, t)
     return E / (k * t * t) * (share * count).sum()
 
 
@@ -255,9 +265,7 @@ def layers(model):
 
 
 def take_balance(model):
-    """The balance loss noted since the last call, summed over layers and sequences; 0 if there is
-    none.
-    """
+    """The balance loss noted since the last call, summed over layers and sequences, or 0."""
     notes = [m.balance for m in layers(model) if m.balance is not None]
     for m in layers(model):
         m.balance = None
@@ -266,10 +274,9 @@ def take_balance(model):
 
 @torch.no_grad()
 def update_bias(model, rate=1e-3):
-    """Once per optimiser step: b_e += rate * sign(mean load - load_e), over all routed since the
-    last call.
+    """Once per optimiser step: b_e += rate * sign(mean load - load_e), of all since the last call.
 
-    Returns (MaxVio, dead experts) per layer: how far the busiest expert is above the mean (0 is
+    Returns (MaxVio, idle experts) per layer: how far the busiest expert is above the mean (0 is
     perfect, E/k - 1 the worst), and how many experts got nothing. Then it forgets the load.
     """
     notes = []
@@ -278,32 +285,35 @@ def update_bias(model, rate=1e-3):
         bias += rate * (total - len(load) * load).sign().to(bias.dtype)  # in integers: exact
         notes.append((load.max() * len(load) / total.clamp(min=1) - 1, (load == 0).sum()))
         moe.load.zero_()
-    return [(float(v), int(dead)) for v, dead in notes]
+    return [(float(v), int(idle)) for v, idle in notes]
+
+
+def layer_cost(E, k, l, d=4096, f=2688):
+    """Parameters, multiply-adds a token, numbers sent a token; the shared expert is left out."""
+    projections = 2 * d * l if l < d else 0
+    router = E * d
+    return (
+        E * 2 * l * f + projections + router,
+        k * 2 * l * f + projections + router,
+        k * l,
+    )
 
 
 def main():
-    """Prints what the file claims: the latent pays for the experts, the bias alone evens out a bad
-    router.
-    """
-
-    def cost(E, k, l, f):
-        return E * 2 * l * f, k * 2 * l * f, k * l
-
-    print(
-        "one layer, d=4096, f=2688           parameters   multiply-adds/token   numbers sent/token"
-    )
+    """Prints what the file claims: the latent pays for experts; the bias evens out a bad router."""
+    torch.set_num_threads(1)  # these sizes gain nothing from more, and a busy machine loses much
+    print("one layer of experts, their router and their latent projections, d=4096, f=2688")
+    print(f"{'':37}{'parameters':>13}{'multiply-adds/token':>22}{'numbers sent/token':>21}")
     for name, E, k, l in (
         ("standard        128 experts, top-6 ", 128, 6, 4096),
         ("latent l=1024   128 experts, top-6 ", 128, 6, 1024),
         ("latent l=1024   512 experts, top-22", 512, 22, 1024),
     ):
-        held, work, sent = cost(E, k, l, 2688)
-        print(f"  {name}{held / 1e9:11.2f} G{work / 1e6:17.1f} M{sent / 1e3:19.1f} k")
+        parameters, work, sent = layer_cost(E, k, l)
+        print(f"  {name}{parameters / 1e9:11.2f} G{work / 1e6:20.1f} M{sent / 1e3:19.1f} k")
 
-    print(
-        "\n32 experts, top-4, 64 sequences of 64 tokens a step, "
-        "frozen random weights with four loud experts:"
-    )
+    print("\n32 experts, top-4, 64 sequences of 64 tokens a step, frozen random weights with four")
+    print("loud experts. MaxVio: how far the busiest expert is above the mean, in means")
     loads = {}
     for rate in (0, 1e-2):
         torch.manual_seed(0)
@@ -315,11 +325,10 @@ def main():
             u[..., 0] = 1
             moe(u)
             loads[rate] = moe.load.clone()
-            vio, dead = update_bias(moe, rate)[0]
+            vio, idle = update_bias(moe, rate)[0]
             if step in (0, 19, 59):
-                print(
-                    f"  bias rate {rate:<5g} step {step + 1:2}   MaxVio {vio:5.2f}   idle experts {dead}"
-                )
+                note = f"MaxVio {vio:5.2f}   idle experts {idle}"
+                print(f"  bias rate {rate:<5g} step {step + 1:2}   {note}")
     for rate, load in loads.items():
         bars = "".join(" .:-=+*#%@"[min(9, int(5 * n / load.double().mean()))] for n in load)
         print(f"  load at the end, bias rate {rate:<5g} {bars}")

@@ -2,7 +2,7 @@
 Nemotron 3 Super: a stack of 88 one-mixer layers, spelled out by a string.
 
     x = Emb[token]                                  no scaling, no position
-    x = x + Mixer_l(RMSNorm_l(x))                   by letter l: M Mamba-2   * attention   E LatentMoE   - MLP
+    x = x + Mixer_l(RMSNorm_l(x))                   M Mamba-2, * attention, E LatentMoE, - MLP
     logits = W_head RMSNorm_f(x)                    untied from the embedding
 
 Attention carries no position signal at all (NoPE): the Mamba layers in front of it know the order.
@@ -15,9 +15,17 @@ In this file: the model and its cache; its initialisation; its costs. The mixers
 Sizes: config.py. `python model.py --preset super` prints the costs of any preset, without
 allocating a single weight.
 
+Seams: what a wing replaces in a finished model, so that no mixer knows of it.
+
+    Attention.attend, Mamba2.conv, Mamba2.scan    scale/parallel.py   slices of a sequence
+    LatentMoE.whole_sequence                      scale/parallel.py   the same, in the balance loss
+    Experts.exchange, lm_head.nll                 scale/parallel.py   experts, a vocabulary on ranks
+    Experts.mm                                    quant/lowbit.py     products of fewer bits
+    fast, of every module that has it             set_paths, below    kernels/
+
 Letters   b batch  t time  d model width  v vocabulary
-Sources   arXiv:2604.12374 section 2.1 and table 1; names from the released config.json and
-          checkpoint
+Sources   arXiv:2604.12374 section 2.1 and table 1
+          names: the released config.json and checkpoint
 Departs   residual stream and parameters are fp32 (matrix products in bf16 under autocast), the
           release's bf16
 """
@@ -25,6 +33,7 @@ Departs   residual stream and parameters are fp32 (matrix products in bf16 under
 import math
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -89,8 +98,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """All a model remembers of the tokens it has read: KV per attention layer, State per Mamba
-    layer.
+    """What a model remembers of the tokens it has read: a KV per `*` layer, a State per `M` layer.
 
     The model appends to it: `model(ids, cache)` reads any number of tokens, so prefill, chunked
     prefill, one-token decoding and verification are one call. With count (b,), rows are padded on
@@ -103,9 +111,7 @@ class Cache:
         self.last = {}  # of an MTP cache with several blocks, see mtp.follow
 
     def fix(self, room):
-        """Room for so many tokens a row and no more: see KV.fix. Only after something has been
-        read.
-        """
+        """Room for so many tokens a row and no more, see KV.fix. Only after a first read."""
         for layer in self.layers:
             if isinstance(layer, KV):
                 layer.fix(room)
@@ -134,8 +140,10 @@ class Cache:
                 layer.trial = True
 
     def keep(self, count, t):
-        """Of the t tokens just read on trial, the first count (b,) of each row stay. Now the cache
-        is, tensor by tensor, as if it had never seen the others."""
+        """Of the t tokens just read on trial, the first count (b,) of each row stay.
+
+        The cache is then, tensor by tensor, as if it had never seen the others.
+        """
         same = bool((count == count[0]).all())
         for layer in self.layers:
             if isinstance(layer, State):
@@ -145,12 +153,12 @@ class Cache:
 
 
 class Nemotron(nn.Module):
-    """The whole model. model(ids) -> logits (b, t, v) in fp32; model.mtp is the MTP block, or None."""
+    """The whole model: model(ids) -> logits (b, t, v) in fp32; model.mtp the MTP block, or None."""
 
     def __init__(self, config, seed=0):
         super().__init__()
         self.config = c = config
-        self.fast = False  # the loss's share of it: train.py
+        self.fast = False  # whether train.losses may take kernels/loss.py
         self.backbone = nn.Module()
         self.backbone.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.backbone.layers = nn.ModuleList(
@@ -158,8 +166,9 @@ class Nemotron(nn.Module):
         )
         self.backbone.norm_f = nn.RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.mtp = (
-            MTP(
+        self.mtp = None
+        if c.num_nextn_predict_layers:
+            self.mtp = MTP(
                 lambda letter: Block(c, letter),
                 c.hidden_size,
                 c.mtp_hybrid_override_pattern,
@@ -167,15 +176,14 @@ class Nemotron(nn.Module):
                 c.mtp_num_layers,
                 c.layer_norm_epsilon,
             )
-            if c.num_nextn_predict_layers
-            else None
-        )
         if self.lm_head.weight.device.type != "meta":
             init_weights(self, seed)
 
     def hidden(self, ids, cache=None, count=None, docs=None):
-        """ids (b, t) -> the normalised states (b, t, d) for head and MTP. Cached calls have no
-        gradient. docs: a pack.Docs, if rows hold several documents, none of which sees another.
+        """ids (b, t) -> the normalised states (b, t, d), for head and MTP.
+
+        With a cache there is no gradient. Of rows padded on the right, count (b,) tokens are real.
+        docs: a pack.Docs, if rows hold several documents, none of which sees another.
         """
         if cache is not None and docs is not None:
             raise ValueError("several documents a row (docs) have no cache: read them without one")
@@ -206,9 +214,19 @@ class Nemotron(nn.Module):
         return Cache(c.mtp_hybrid_override_pattern * c.num_nextn_predict_layers, batch)
 
 
-def paths(model, fast=False, experts="latent_moe.grouped_mm"):
-    """Sends every op that has a kernel through it, or none; returns the table that says so: op,
-    path, reason.
+class Op(NamedTuple):
+    """An operation that set_paths tells of: whose, its file in kernels/, its readable form."""
+
+    owner: str
+    name: str
+    kernel: str
+    readable: str
+
+
+def set_paths(model, fast=False, experts="latent_moe.grouped_mm"):
+    """Sends every op that has a kernel through it, or none -> lines of a table: op, path, reason.
+
+    experts names their readable form where another seam than grouped_mm has been put in.
     """
     if fast:
         from kernels import on_gpu
@@ -218,131 +236,138 @@ def paths(model, fast=False, experts="latent_moe.grouped_mm"):
     for m in switched:
         m.fast = fast
     there = {type(m).__name__ for m in model.modules()}
-    four = any(getattr(getattr(m, "mm", None), "fast", False) for m in switched)
-    rows = [("op", "path", "reason")]
-    for owner, op, kernel, readable in (
-        ("Mamba2", "recurrence", "ssd", "mamba.ssd_chunked"),
-        ("Mamba2", "convolution", "conv", "mamba.causal_conv"),
-        ("GatedNorm", "gated norm", "norm", "mamba.GatedNorm"),
-        ("Experts", "experts", "experts", experts),
-        ("Nemotron", "losses", "loss", "mtp.nll"),
-        ("Attention", "attention", "", "F.scaled_dot_product_attention"),
+    four_bits = any(getattr(getattr(m, "mm", None), "fast", False) for m in switched)
+    lines = [f"{'paths':10} {'op':12} {'path':32} reason"]
+    for op in (
+        Op("Mamba2", "recurrence", "ssd", "mamba.ssd_chunked"),
+        Op("Mamba2", "convolution", "conv", "mamba.causal_conv"),
+        Op("GatedNorm", "gated norm", "norm", "mamba.GatedNorm"),
+        Op("Experts", "experts", "experts", experts),
+        Op("Nemotron", "losses", "loss", "mtp.nll"),
+        Op("Attention", "attention", "", "F.scaled_dot_product_attention"),
     ):
-        if owner in there:
-            can = any(type(m).__name__ == owner for m in switched)
-            asked = "as asked: --fast" + "; four bits: kernels/fp4.py" * (four and op == "experts")
-            why = (
-                "torch's own kernel"
-                if not kernel
-                else asked
-                if fast and can
-                else "no kernel"
-                if fast
-                else "readable; --fast takes the kernel"
-                if can
-                else "readable"
-            )
-            rows.append((op, f"kernels/{kernel}.py" if fast and can else readable, why))
-    return [
-        f"{'' if i else 'paths':10} {op:12} {path:32} {why}"
-        for i, (op, path, why) in enumerate(rows)
-    ]
+        if op.owner in there:
+            path = f"kernels/{op.kernel}.py" if fast and op.kernel else op.readable
+            lines.append(f"{'':10} {op.name:12} {path:32} {reason(op, fast, four_bits)}")
+    return lines
+
+
+def reason(op, fast, four_bits):
+    """Why an op takes the path it takes."""
+    if not op.kernel:
+        return "torch's own kernel"
+    if not fast:
+        return "readable; --fast takes the kernel"
+    if four_bits and op.name == "experts":
+        return "as asked: --fast; four bits: kernels/fp4.py"
+    return "as asked: --fast"
 
 
 @torch.no_grad()
 def init_weights(model, seed=0, put=torch.Tensor.copy_):
-    """Writes every parameter as pre-training did (section 1.6 of the report's code), zeroes router
-    biases.
+    """Writes every parameter as pre-training began, see `initial`; zeroes the experts' loads.
 
-    N(0, std) for matrices, divided by sqrt(layers) where they write into the residual stream; dt
-    log-uniform in [time_step_min, time_step_max]; A uniform in (1, 16). Each tensor has its own
-    generator, seeded by its name, so the numbers depend neither on the device nor on which other
-    tensors exist. Works on a model moved from the meta device; put(p, w) writes w into p, or only
-    the part of it that p holds.
+    Each tensor has its own generator, seeded by its name, so the numbers depend neither on the
+    device nor on which other tensors exist. Works on a model moved from the meta device; put(p, w)
+    writes w into p, or only the part of it that p holds.
     """
-    c = model.config
     for name, p in model.state_dict().items():
-        g = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
-        kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-        if kind == "e_score_correction_bias" or name.endswith("_proj.bias"):
-            w = torch.zeros(p.shape)
-        elif "conv1d" in name:  # PyTorch's default for k taps
-            w = torch.empty(p.shape).uniform_(-1, 1, generator=g) * c.conv_kernel**-0.5
-        elif kind == "A_log":
-            w = torch.empty(p.shape).uniform_(1, 16, generator=g).log()
-        elif kind == "dt_bias":
-            low, high = math.log(c.time_step_min), math.log(c.time_step_max)
-            dt = (
-                torch.empty(p.shape)
-                .uniform_(low, high, generator=g)
-                .exp()
-                .clamp(min=c.time_step_floor)
-            )
-            w = dt.expm1().log()
-        elif p.ndim == 1:  # norms and D
-            w = torch.ones(p.shape)
-        else:
-            into_residual = kind in ("o_proj", "out_proj", "down_proj", "fc2_latent_proj")
-            w = torch.randn(p.shape, generator=g)
-            w *= c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1)
-        put(p, w)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+        put(p, initial(model.config, name, p.shape, generator))
     for m in model.modules():
         if isinstance(m, LatentMoE):
             m.load.zero_()
 
 
-def costs(config, context=8192):
-    """Rows (what, layers, parameters, active ones, forward FLOPs per token), MTP's row, the cache's
-    bytes.
+def initial(c, name, shape, generator):
+    """A parameter's first numbers, by its name; biases 0 (but the convolution's), norms and D 1.
 
-    FLOPs: two per active weight, and what the mixers do besides: attention over a mean of context/2
-    keys, and the scan. No weight is made.
+    N(0, initializer_range) for matrices, divided by sqrt(layers) where they write into the residual
+    stream; dt log-uniform in [time_step_min, time_step_max]; A uniform in (1, 16); the convolution
+    as PyTorch does for k taps.
     """
+
+    def uniform(low, high):
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if kind == "e_score_correction_bias" or name.endswith("_proj.bias"):
+        return torch.zeros(shape)
+    if "conv1d" in name:
+        return uniform(-1, 1) * c.conv_kernel**-0.5
+    if kind == "A_log":
+        return uniform(1, 16).log()
+    if kind == "dt_bias":
+        dt = uniform(math.log(c.time_step_min), math.log(c.time_step_max)).exp()
+        return dt.clamp(min=c.time_step_floor).expm1().log()
+    if len(shape) == 1:
+        return torch.ones(shape)
+    into_residual = kind in ("o_proj", "out_proj", "down_proj", "fc2_latent_proj")
+    std = c.initializer_range / (math.sqrt(c.num_hidden_layers) if into_residual else 1)
+    return torch.randn(shape, generator=generator) * std
+
+
+class Row(NamedTuple):
+    """What a part of the model costs. FLOPs: of a token's forward pass."""
+
+    what: str
+    layers: int
+    parameters: int
+    active: int
+    flops: float
+
+
+def beside(c, context):
+    """A token's FLOPs in a layer, by letter, that no weight counts: the scan, and attention over a
+    mean of context/2 keys."""
+    scores = 2 * c.chunk_size * c.n_groups * c.ssm_state_size
+    inner = c.mamba_num_heads * c.mamba_head_dim
+    scan = 2 * inner * (c.chunk_size + 2 * c.ssm_state_size) + scores
+    return {"M": scan, "*": 4 * c.num_attention_heads * c.head_dim * context / 2}
+
+
+def price(c, what, module, layers=1, extra=0):
+    """The Row of `layers` such modules: two FLOPs per active weight of a matrix, and the extra."""
+    tensors = module.state_dict().items()
+    total = sum(p.numel() for _, p in tensors)
+    idle = sum(p.numel() for n, p in tensors if ".experts." in "." + n)
+    idle *= 1 - c.num_experts_per_tok / c.n_routed_experts
+    flops = 2 * (sum(p.numel() for _, p in tensors if p.ndim > 1) - idle) + extra
+    return Row(what, layers, layers * total, layers * round(total - idle), layers * flops)
+
+
+def costs(config, context=8192):
+    """Rows of the model's parts, MTP's Row or None, the cache's bytes. No weight is made."""
     c = config
     with torch.device("meta"):
         model = Nemotron(c)
-    scores = 2 * c.chunk_size * c.n_groups * c.ssm_state_size
-    scan = 2 * c.mamba_num_heads * c.mamba_head_dim * (c.chunk_size + 2 * c.ssm_state_size) + scores
-    beside = {"M": scan, "*": 4 * c.num_attention_heads * c.head_dim * context / 2}
-
-    def row(what, module, layers=1, extra=0):
-        tensors = module.state_dict().items()
-        total = sum(p.numel() for _, p in tensors)
-        idle = sum(p.numel() for n, p in tensors if ".experts." in "." + n)
-        idle *= 1 - c.num_experts_per_tok / c.n_routed_experts
-        matrices = sum(p.numel() for _, p in tensors if p.ndim > 1) - idle
-        return (
-            what,
-            layers,
-            layers * total,
-            layers * round(total - idle),
-            layers * (2 * matrices + extra),
-        )
-
-    rows = []
+    more, rows = beside(c, context), []
     for letter, what in LETTERS.items():
-        blocks = [
-            b for b, x in zip(model.backbone.layers, c.hybrid_override_pattern) if x == letter
-        ]
+        layers = zip(model.backbone.layers, c.hybrid_override_pattern)
+        blocks = [block for block, x in layers if x == letter]
         if blocks:
-            rows.append(row(f"{letter} {what}", blocks[0], len(blocks), beside.get(letter, 0)))
+            extra = more.get(letter, 0)
+            rows.append(price(c, f"{letter} {what}", blocks[0], len(blocks), extra))
+    embeddings = model.backbone.embeddings.weight.numel()
     rows += [
-        ("embedding", 1, *[model.backbone.embeddings.weight.numel()] * 2, 0),
-        row("final norm", model.backbone.norm_f),
-        row("head", model.lm_head),
+        Row("embedding", 1, embeddings, embeddings, 0),
+        price(c, "final norm", model.backbone.norm_f),
+        price(c, "head", model.lm_head),
     ]
-    extra = sum(beside.get(x, 0) for x in c.mtp_hybrid_override_pattern)
-    mtp = row("MTP block", model.mtp, 1, extra) if model.mtp else None
-    channels = c.mamba_num_heads * c.mamba_head_dim + 2 * c.n_groups * c.ssm_state_size
-    state = (
-        4 * c.mamba_num_heads * c.mamba_head_dim * c.ssm_state_size
-        + 2 * (c.conv_kernel - 1) * channels
-    )
-    cache = dict(
+    extra = sum(more.get(x, 0) for x in c.mtp_hybrid_override_pattern)
+    mtp = price(c, "MTP block", model.mtp, 1, extra) if model.mtp else None
+    return rows, mtp, cache_bytes(c)
+
+
+def cache_bytes(c):
+    """kv: of a token (bf16); state: of a sequence (S in fp32, the convolution's window in bf16)."""
+    inner = c.mamba_num_heads * c.mamba_head_dim
+    channels = inner + 2 * c.n_groups * c.ssm_state_size
+    state = 4 * inner * c.ssm_state_size + 2 * (c.conv_kernel - 1) * channels
+    return dict(
         kv=c.hybrid_override_pattern.count("*") * 4 * c.num_key_value_heads * c.head_dim,
         state=c.hybrid_override_pattern.count("M") * state,
     )
-    return rows, mtp, cache
 
 
 @dataclass(frozen=True)
@@ -354,39 +379,44 @@ class Flags:
 def table(a):
     """Prints a preset's parameters, operations and memory."""
     c = Config.preset(a.preset)
-    rows, mtp, cache = costs(c, a.context)
-    print(
-        f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n\n  {c.hybrid_override_pattern}\n"
-    )
-    print(
-        f"{'':14}{'layers':>7}{'parameters':>18}{'active':>17}{'GFLOP/token':>13}   "
-        f"forward, context {a.context:,}"
-    )
+    print(f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n")
+    print(f"  {c.hybrid_override_pattern}\n")
+    show(c, a.context)
 
-    def show(what, n, total, active, flops):
-        print(f"{what:14}{n:7}{total:18,}{active:17,}{flops / 1e9:13.3f}")
 
-    for r in rows:
-        show(*r)
-    total, active, flops = (sum(r[i] for r in rows) for i in (2, 3, 4))
-    show("total", c.num_hidden_layers, total, active, flops)
-    print(f"{'  without the input embedding, which is a lookup':39}{active - rows[-3][2]:17,}")
+def show(c, context):
+    """Prints the table of costs, and what they come to in memory and in work."""
+    rows, mtp, cache = costs(c, context)
+    head = f"{'layers':>7}{'parameters':>18}{'active':>17}{'GFLOP/token':>13}"
+    print(f"{'':14}{head}   forward, context {context:,}")
+    total = Row("total", c.num_hidden_layers, *(sum(r[i] for r in rows) for i in (2, 3, 4)))
+    for r in [*rows, total]:
+        print(line(r))
+    lookup = next(r.active for r in rows if r.what == "embedding")
+    print(f"{'  without the input embedding, which is a lookup':39}{total.active - lookup:17,}")
+    everything = total.parameters
     if mtp:
-        show("+ MTP block", *mtp[1:])
-        print(f"{'total with MTP':21}{total + mtp[2]:18,}")
-    everything = total + (mtp[2] if mtp else 0)
-    size = lambda tokens: (cache["kv"] * tokens + cache["state"]) / 1e9
-    print(
-        f"\ncache      {cache['kv']:,} bytes a token (keys and values, bf16) and {cache['state']:,} bytes "
-        "a sequence (S in fp32, conv window in bf16):\n           "
-        f"{size(a.context):.3f} GB for {a.context:,} tokens, {size(2**20):.3f} GB for 1,048,576"
-    )
+        everything += mtp.parameters
+        print(line(mtp._replace(what="+ MTP block")))
+        print(f"{'total with MTP':21}{everything:18,}")
+
+    def gigabytes(tokens):
+        return (cache["kv"] * tokens + cache["state"]) / 1e9
+
+    print(f"\ncache      {cache['kv']:,} bytes a token (keys and values, bf16)", end=" and ")
+    print(f"{cache['state']:,} bytes a sequence (S in fp32, conv window in bf16):")
+    print(f"           {gigabytes(context):.3f} GB for {context:,} tokens", end=", ")
+    print(f"{gigabytes(2**20):.3f} GB for 1,048,576")
     print(f"inference  {2 * everything / 1e9:,.2f} GB of weights in bf16")
-    print(
-        f"training   {16 * everything / 1e9:,.2f} GB for weights, gradients and AdamW's two moments "
-        f"in fp32, before activations;\n           "
-        f"{3 * flops / 1e9:,.3f} GFLOP a token, forward and backward, without MTP"
-    )
+    print(f"training   {16 * everything / 1e9:,.2f} GB for weights, gradients", end=" and ")
+    print("AdamW's two moments in fp32, before activations;")
+    print(f"           {3 * total.flops / 1e9:,.3f} GFLOP a token,", end=" ")
+    print("forward and backward, without MTP")
+
+
+def line(row):
+    counts = f"{row.layers:7}{row.parameters:18,}{row.active:17,}"
+    return f"{row.what:14}{counts}{row.flops / 1e9:13.3f}"
 
 
 def main(argv=None):

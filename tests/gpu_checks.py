@@ -218,12 +218,12 @@ def texts(device, config, lengths, new, prefill):
     """Whether greedy text is the same by both paths: prompts in pieces, token by token, and drafts
     with rollback.
     """
-    from model import Nemotron, paths
+    from model import Nemotron, set_paths
     from sample import generate
 
     plain = Nemotron(config, seed=0).to(device).eval()
     fast = copy.deepcopy(plain)
-    assert any("kernels/ssd.py" in line for line in paths(fast, True))
+    assert any("kernels/ssd.py" in line for line in set_paths(fast, True))
     rows = [torch.randint(config.vocab_size, (n,)).tolist() for n in lengths]
     want = generate(plain, rows, new, prefill=prefill)
     return [generate(fast, rows, new, prefill=prefill, speculate=d) == want for d in (0, 3)]
@@ -234,11 +234,11 @@ def train_step(device, config, batch, length, autocast=False):
     after a step of SGD.
     """
     import train
-    from model import Nemotron, paths
+    from model import Nemotron, set_paths
 
     plain = Nemotron(config, seed=0).to(device)
     fast = copy.deepcopy(plain)
-    table = "\n".join(paths(fast, True))
+    table = "\n".join(set_paths(fast, True))
     assert all(f"kernels/{k}.py" in table for k in ("ssd", "conv", "norm")), table
     ids, out = torch.randint(config.vocab_size, (batch, length), device=device), []
     for model in (plain, fast):

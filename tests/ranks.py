@@ -230,7 +230,10 @@ def main():
         if how == "abort" and world.rank and not restarts:
             os.abort()
         keep = (
-            {k: getattr(parallel.Slice, k) for k in ("shift", "conv", "scan", "attend", "whole")}
+            {
+                k: getattr(parallel.Slice, k)
+                for k in ("shift", "conv", "scan", "attend", "whole_sequence")
+            }
             if broken
             else {}
         )
@@ -241,7 +244,7 @@ def main():
         elif broken == "keys":
             parallel.Slice.attend = lambda self, *a: parallel.attend(*a)
         elif broken == "balance":
-            parallel.Slice.whole = lambda self, count, t: (count, t)
+            parallel.Slice.whole_sequence = lambda self, count, t: (count, t)
         exchange, rows, policy = (
             parallel.exchange,
             parallel.World.rows,

@@ -105,8 +105,10 @@ def test_few_tokens_meet_all_experts(monkeypatch, experts, k, latent):
     22 of 512 are not.
     """
     moe, taken = build(experts, k, latent=latent, norm_topk_prob=k > 1), []
-    wide = latent_moe.Experts.wide
-    monkeypatch.setattr(latent_moe.Experts, "wide", lambda *a: taken.append(len(a[1])) or wide(*a))
+    meet_all = latent_moe.Experts.meet_all
+    monkeypatch.setattr(
+        latent_moe.Experts, "meet_all", lambda *a: taken.append(len(a[1])) or meet_all(*a)
+    )
     for m in (1, -(-experts // k), 32, 33):
         u = tokens(1, m)
         with torch.no_grad():

@@ -10,7 +10,7 @@ from conftest import rms
 
 import train
 from mamba import Mamba2
-from model import Config, Nemotron, paths
+from model import Config, Nemotron, set_paths
 from post.pack import Docs
 
 
@@ -29,7 +29,7 @@ def models():
     )
     plain = Nemotron(c, seed=0)
     fast = copy.deepcopy(plain)
-    table = paths(fast, True)
+    table = set_paths(fast, True)
     assert all(f"kernels/{k}.py" in "\n".join(table) for k in ("ssd", "conv", "norm"))
     return plain, fast
 
@@ -55,7 +55,7 @@ def test_documents_in_one_row_are_the_same():
     c = {**vars(Config.preset("toy")), "hybrid_override_pattern": "M*E", "vocab_size": 64}
     plain = Nemotron(Config(**{**c, "mamba_num_heads": 4}), seed=0)
     fast = copy.deepcopy(plain)
-    paths(fast, True)
+    set_paths(fast, True)
     number = torch.tensor([[0, 1, 1] + [2] * 8 + [3] * 5])
     weight = torch.rand(1, 15, generator=torch.Generator().manual_seed(2))
     out = []
