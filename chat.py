@@ -1,0 +1,429 @@
+"""
+Chat: conversations as text, which of it a model learns to say, and what a reply says.
+
+    <|im_start|>system                   always there, often empty; then the tools, if there are any
+    ...<|im_end|>
+    <|im_start|>user
+    What is 2+2?<|im_end|>               little effort: "\\n\\n{reasoning effort: low}" is added here
+    <|im_start|>assistant
+    <think>                              so far the prompt; without reasoning "<think></think>"
+    Two and two are four.
+    </think>
+    4<|im_end|>                          from behind the prompt to here: sampled, and learned
+
+The mode of reasoning is text like everything else. Reasoning before the last question is dropped
+(truncate), and `<think></think>` stands in its place; between the last question and its answer,
+through any number of tool calls, it stays. So a conversation of n questions is n documents, each of
+which teaches its last answer (`documents`).
+
+Only the template says special tokens. What a user, a system text or a tool's result says is spelled
+as ordinary text, whatever it looks like: no data can open a turn or close one.
+
+    render     messages -> the text       parts    the same in parts: whose they are, which are learned
+    encode     parts -> ids, learned      reply    a sampled text -> reasoning, content, calls, formed
+    parse      a rendered text -> messages
+
+Not here  what is asked: post/tasks.py. The paragraph in which the release explains how to call a tool
+          is NVIDIA's text; HOW_TO_CALL says it in our own words, and `how_to_call` takes another's
+Sources   the chat template beside the released checkpoints of Nano and Super, which `render` follows
+          to the character; names of fields as in the OpenAI interface
+Departs   the line break after <|im_end|> is not learned: sampling stops before it
+"""
+
+import json
+import re
+from typing import NamedTuple
+
+import tiktoken
+import torch
+
+START, END = "<|im_start|>", "<|im_end|>"
+THINK, ENOUGH = "<think>", "</think>"
+CALL, CALLED = "<tool_call>", "</tool_call>"
+RESULT, GIVEN = "<tool_response>", "</tool_response>"
+SPECIAL = (START, END, THINK, ENOUGH, CALL, CALLED, RESULT, GIVEN)
+ROLES = ("system", "user", "assistant", "tool")
+TOOLS = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
+HOW_TO_CALL = """
+
+A function is called like this, and several calls may follow one another:
+
+<tool_call>
+<function=name of the function>
+<parameter=name of a parameter>
+its value, over as many lines as it takes
+</parameter>
+</function>
+</tool_call>
+
+Give every required parameter. Say what there is to say before the call, and nothing after it."""
+
+
+# 1. Rendering
+
+
+class Part(NamedTuple):
+    """A stretch of the text. tag: it is one of the template's special tokens; said: an assistant's
+    turn has it; learned: and the prompt for that turn does not have it yet, and no question follows.
+    """
+
+    text: str
+    tag: bool = False
+    said: bool = False
+    learned: bool = False
+
+
+def spell(value):
+    """A value as the template prints it: JSON if it has parts, else as Python says it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+def describe(tools, how_to_call=None):
+    """The `# Tools` part of the system turn. tools: dicts with name, description and parameters (a
+    JSON schema), or with these under `function`."""
+
+    def rest(d, *known):
+        return [f"<{k}>{spell(v)}</{k}>" for k, v in d.items() if k not in known]
+
+    lines = [TOOLS]
+    for tool in tools:
+        tool = tool.get("function", tool)
+        schema = tool.get("parameters") or {}
+        lines += ["<function>", f"<name>{tool['name']}</name>"]
+        if "description" in tool:
+            lines.append(f"<description>{tool['description'].strip()}</description>")
+        lines.append("<parameters>")
+        for name, about in schema.get("properties", {}).items():
+            lines += ["<parameter>", f"<name>{name}</name>"]
+            if "type" in about:
+                lines.append(f"<type>{about['type']}</type>")
+            if "description" in about:
+                lines.append(f"<description>{about['description'].strip()}</description>")
+            if "enum" in about:
+                lines.append(f"<enum>{spell(about['enum'])}</enum>")
+            lines += [*rest(about, "name", "type", "description", "enum"), "</parameter>"]
+        lines += rest(schema, "type", "properties", "required")
+        if "required" in schema:
+            lines.append(f"<required>{spell(schema['required'])}</required>")
+        lines.append("</parameters>")
+        lines += [*rest(tool, "type", "name", "description", "parameters"), "</function>"]
+    lines.append("</tools>")
+    return "\n".join(lines) + (HOW_TO_CALL if how_to_call is None else how_to_call)
+
+
+def thought(message, keep):
+    """An assistant's text before its calls, with its reasoning or (keep=False) without it."""
+    text, reasoning = message.get("content") or "", message.get("reasoning_content")
+    calls = message.get("tool_calls")
+    if isinstance(reasoning, str) and reasoning.strip():
+        text = f"{THINK}\n{reasoning}\n{ENOUGH}\n{text}"
+    elif THINK not in text and ENOUGH not in text:
+        text = THINK + ENOUGH + text
+    if not keep and ENOUGH in text and (THINK in text or calls):
+        rest = text.split(ENOUGH)[-1]
+        text = THINK + ENOUGH + (rest.strip() if calls else rest)
+    elif not keep and calls:
+        text = THINK + ENOUGH + text.split(THINK)[0].strip()
+    return text.strip()
+
+
+def calls(message):
+    """(name, arguments) of a message's tool calls."""
+    for call in message.get("tool_calls") or ():
+        call = call.get("function", call)
+        given = call.get("arguments") or {}
+        yield call["name"], json.loads(given) if isinstance(given, str) else given
+
+
+def assistant(message, keep, learned):
+    """The parts of an assistant's turn, from behind its header to <|im_end|>."""
+    body = [
+        (p, p in (THINK, ENOUGH)) for p in re.split(f"({THINK}|{ENOUGH})", thought(message, keep))
+    ]
+    some = list(calls(message))
+    if some:
+        body.append(("\n", False))
+    for name, given in some:
+        inside = "".join(f"<parameter={k}>\n{spell(v)}\n</parameter>\n" for k, v in given.items())
+        body += [(CALL, True), (f"\n<function={name}>\n{inside}</function>\n", False)]
+        body += [(CALLED, True), ("\n", False)]
+    body = [p for p in [*body, (END, True)] if p[0]]
+    asked = given_before(body)
+    out = [Part(text, tag, True, False) for text, tag in body[:asked]]
+    if asked == 1:  # the prompt's line break belongs to the text behind <think>
+        text = body[1][0]
+        out.append(Part("\n", False, True, False))
+        body[1] = (text[1:], False)
+    return [*out, *(Part(text, tag, True, learned) for text, tag in body[asked:] if text)]
+
+
+def given_before(body):
+    """How many parts of a turn the prompt for it has said: `<think>` and a line break (1), or
+    `<think></think>` (2), or nothing that the turn begins with (0)."""
+    first = [text for text, _ in body[:2]]
+    if first == [THINK, ENOUGH]:
+        return 2
+    return int(first[0] == THINK and len(first) > 1 and first[1].startswith("\n"))
+
+
+def parts(
+    messages,
+    tools=None,
+    generate=False,
+    thinking=True,
+    low_effort=False,
+    truncate=True,
+    budget=None,
+    how_to_call=None,
+):
+    """`render`, in Parts."""
+    system, rest = "", list(messages)
+    if rest and rest[0]["role"] == "system":
+        system = rest.pop(0)["content"]
+    about = "\n\n" * bool(system and tools) + (describe(tools, how_to_call) if tools else "")
+    out = [Part(START, True), Part("system\n" + system + about), Part(END, True), Part("\n")]
+    asked = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=-1)
+    mode = "\n\n{reasoning effort: low}" * low_effort
+    mode += "" if budget is None else f"\n\n{{thinking token budget: {budget}}}"
+    for i, m in enumerate(rest):
+        role = m["role"]
+        if role == "assistant":
+            out += [Part(START, True), Part("assistant\n")]
+            out += [*assistant(m, not truncate or i >= asked, i > asked), Part("\n")]
+        elif role == "tool":
+            if i and rest[i - 1]["role"] != "tool":  # results in a row share a turn
+                out += [Part(START, True), Part("user\n")]
+            out += [Part(RESULT, True), Part(f"\n{m['content']}\n"), Part(GIVEN, True), Part("\n")]
+            if rest[i + 1 : i + 2] == [] or rest[i + 1]["role"] != "tool":
+                out += [Part(END, True), Part("\n")]
+        else:
+            text = f"{role}\n{m['content']}" + mode * (i == asked)
+            out += [Part(START, True), Part(text), Part(END, True), Part("\n")]
+    if generate:
+        out += [Part(START, True), Part("assistant\n"), Part(THINK, True)]
+        out.append(Part("\n") if thinking else Part(ENOUGH, True))
+    return out
+
+
+def render(
+    messages,
+    tools=None,
+    generate=False,
+    thinking=True,
+    low_effort=False,
+    truncate=True,
+    budget=None,
+    how_to_call=None,
+):
+    """A conversation as text: the released chat template.
+
+    generate    end in the prompt for the assistant's next turn
+    thinking    which then begins with reasoning, or without
+    low_effort  asks for little of it (Super); budget: for so many tokens of it (Nano)
+    truncate    leaves out the reasoning of turns before the last question
+    """
+    how = tools, generate, thinking, low_effort, truncate, budget, how_to_call
+    return "".join(part.text for part in parts(messages, *how))
+
+
+def documents(messages):
+    """A conversation of n questions as n that each end with one answer: what each teaches."""
+    ends = [i for i, m in enumerate(messages) if m["role"] == "user"][1:] + [len(messages)]
+    return [messages[:i] for i in ends]
+
+
+def check(messages, tools=None):
+    """ValueError says what is wrong with a conversation somebody else has written."""
+    known = {tool.get("function", tool).get("name") for tool in tools or ()}
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("messages is no list of turns")
+    for i, m in enumerate(messages):
+        if not isinstance(m, dict) or m.get("role") not in ROLES:
+            role = m.get("role") if isinstance(m, dict) else m
+            raise ValueError(f"turn {i} has the role {role!r}, which is none of {', '.join(ROLES)}")
+        if m["role"] == "system" and i:
+            raise ValueError(f"turn {i} is the system's, whose only place is the first")
+        content = m.get("content")
+        if not isinstance(content, str) and not (m["role"] == "assistant" and content is None):
+            raise ValueError(
+                f"turn {i} ({m['role']}) has the content {content!r}, which is no text"
+            )
+        if not isinstance(m.get("reasoning_content") or "", str):
+            raise ValueError(f"turn {i} has a reasoning_content that is no text")
+        try:
+            wanted = list(calls(m))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"turn {i} has a tool call without a name or with bad arguments"
+            ) from None
+        for name, given in wanted:
+            if name not in known:
+                raise ValueError(
+                    f"turn {i} calls {name!r}, which is none of its tools: {sorted(known)}"
+                )
+            if not isinstance(given, dict):
+                raise ValueError(
+                    f"turn {i} calls {name!r} with {given!r}, which names no parameters"
+                )
+        said = (content or "").strip() or wanted or (m.get("reasoning_content") or "").strip()
+        if m["role"] == "assistant" and not said:
+            raise ValueError(f"turn {i} is an empty reply")
+    if messages[-1]["role"] != "assistant" or not any(m["role"] == "user" for m in messages):
+        raise ValueError("it has no question, or does not end with a reply: nothing to learn")
+
+
+# 2. Parsing
+
+ONE_CALL = re.compile(
+    rf"{CALL}\n<function=([^>\n]+)>\n((?:<parameter=[^>\n]+>\n.*?\n</parameter>\n)*)"
+    rf"</function>\n{CALLED}\n?",
+    re.S,
+)
+PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n", re.S)
+
+
+class Reply(NamedTuple):
+    """What an assistant's text says. formed: no tag stands where it should not, in the reasoning, in
+    the answer, or of a call that cannot be carried out."""
+
+    reasoning: str
+    content: str
+    calls: list  # of (name, {parameter: text})
+    formed: bool
+
+
+def reply(text, thinking=True):
+    """A sampled text, which follows the prompt and ends before <|im_end|> -> Reply."""
+    reasoning, rest = "", text
+    if thinking:
+        reasoning, _, rest = text.partition(ENOUGH)
+    found = [(name, dict(PARAMETER.findall(given))) for name, given in ONE_CALL.findall(rest)]
+    content = ONE_CALL.sub("", rest).strip()
+    reasoning = reasoning.removesuffix("\n")
+    formed = not any(tag in reasoning + content for tag in SPECIAL)
+    return Reply(reasoning, content, found, formed)
+
+
+def message(text, thinking=True):
+    """A sampled text -> the assistant's message, as `render` takes it."""
+    said = reply(text, thinking)
+    out = dict(role="assistant", content=said.content)
+    if said.reasoning:
+        out["reasoning_content"] = said.reasoning
+    if said.calls:
+        out["tool_calls"] = [
+            dict(type="function", function=dict(name=name, arguments=given))
+            for name, given in said.calls
+        ]
+    return out
+
+
+def parse(text):
+    """What `render` said, as messages again: without the tools and the mode. Exact where it can be:
+    an assistant's text without tags or blanks at its ends, arguments that are text."""
+    out = []
+    for turn in text.split(START)[1:]:
+        role, _, body = turn.partition("\n")
+        body = body.removesuffix("\n").removesuffix(END)
+        if role == "assistant":
+            think = body.startswith(THINK + "\n")
+            body = body.removeprefix(THINK + "\n" if think else THINK + ENOUGH)
+            out.append(message(body, think))
+        elif role == "user" and body.startswith(RESULT):
+            for result in re.findall(rf"{RESULT}\n(.*?)\n{GIVEN}\n", body, re.S):
+                out.append(dict(role="tool", content=result))
+        else:
+            out.append(dict(role=role, content=body))
+    if out and out[0]["role"] == "system":
+        out[0]["content"] = out[0]["content"].partition(TOOLS)[0].removesuffix("\n\n")
+    return out[1:] if out and out[0] == dict(role="system", content="") else out
+
+
+# 3. Ids
+
+
+def with_special(enc):
+    """The tokenizer with the template's special tokens: its own, and new ones behind its last id."""
+    there, size = dict(enc._special_tokens), enc.max_token_value + 1
+    new = {s: size + i for i, s in enumerate(s for s in SPECIAL if s not in there)}
+    if not new:
+        return enc
+    return tiktoken.Encoding(
+        enc.name,
+        pat_str=enc._pat_str,
+        mergeable_ranks=enc._mergeable_ranks,
+        special_tokens={**there, **new},
+    )
+
+
+def encode(enc, said):
+    """Parts -> ids, and whether each is learned. A special token is one id, where the template says
+    it; other text is spelled in runs, cut where the prompt for a reply ends, as in sampling."""
+    ids, learned, run, owner = [], [], "", False
+    missing = [s for s in SPECIAL if s not in enc._special_tokens]
+    if missing:
+        raise ValueError(f"the tokenizer {enc.name} has no special token {missing[0]}")
+
+    def close():
+        new = enc.encode_ordinary(run)
+        return new, [owner] * len(new)
+
+    for part in [*said, Part("", True)]:
+        if part.tag or part.learned != owner:
+            new, owned = close()
+            ids, learned, run, owner = ids + new, learned + owned, "", part.learned
+        if part.tag and part.text:
+            ids.append(enc._special_tokens[part.text])
+            learned.append(part.learned)
+        elif not part.tag:
+            run += part.text
+    return ids, learned
+
+
+@torch.no_grad()
+def grow(weights, vocab):
+    """A model's tensors by name, with rows of embedding and head for ids up to vocab: the new ones
+    are the mean of the old, which no logit is surprised by."""
+    out = dict(weights)
+    for name in ("backbone.embeddings.weight", "lm_head.weight"):
+        table = weights[name]
+        new = max(0, vocab - len(table))
+        out[name] = torch.cat([table, table.mean(0).expand(new, -1)])
+    return out
+
+
+def main():
+    """Prints a conversation as it is trained on, what is learned between > and <; and a reply read."""
+    talk = [
+        dict(role="user", content="2+2?"),
+        dict(role="assistant", reasoning_content="Two and two.", content="4"),
+        dict(role="user", content="And the weather in Oslo? <|im_end|>"),
+        dict(
+            role="assistant",
+            reasoning_content="Ask.",
+            content=None,
+            tool_calls=[dict(name="weather", arguments=dict(city="Oslo"))],
+        ),
+        dict(role="tool", content="rain"),
+        dict(role="assistant", content="It rains."),
+    ]
+    for document in documents(talk):
+        print("".join(f">{p.text}<" if p.learned else p.text for p in parts(document)))
+    print(reply("Ask.\n</think>\n<tool_call>\n<function=f>\n</function>\n</tool_call>"))
+    enc = with_special(
+        tiktoken.Encoding(
+            "bytes",
+            pat_str="(?s:.)",
+            special_tokens={},
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+        )
+    )
+    ids, _ = encode(enc, parts(talk))
+    print(
+        f"turns: {ids.count(enc._special_tokens[START])}; <|im_end|> as a token: "
+        f"{ids.count(enc._special_tokens[END])}, in the text: {render(talk).count(END)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
