@@ -244,6 +244,28 @@ PRESETS = dict(
         moe_shared_expert_intermediate_size=1344,
         routed_scaling_factor=2.5,
     ),
+    # as small as still learns to sort and to answer: 0.3 M parameters, for sft.py and grpo.py
+    mini=dict(
+        hybrid_override_pattern="M*EM*E",
+        vocab_size=328,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_latent_size=32,
+        moe_intermediate_size=64,
+        moe_shared_expert_intermediate_size=128,
+        routed_scaling_factor=2.5,
+        intermediate_size=128,
+        initializer_range=0.056,
+    ),
     # without experts: every other layer an MLP, and all parameters active
     **{
         "nemotron-h-8b": dict(

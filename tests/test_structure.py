@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Any of them may import command.py: it says what a program is, and nothing of the model.
 HOUSE = {
     "attention": (),
+    "chat": (),
     "checkpoint": (),
     "command": (),
     "config": ("family",),
@@ -36,6 +37,10 @@ HOUSE = {
     "hf": ("model",),
     "scale.parallel": ("attention", "latent_moe", "mamba", "model", "mtp"),
     "speculate": ("decode", "mtp"),
+    "post.picture": ("checkpoint",),
+    "post.rlhf": (),
+    "post.tasks": ("chat",),
+    "post.rollout": ("chat", "decode", "post.tasks", "speculate"),
     "speed.clock": ("mtp", "speed.rows"),
     "training.journal": ("checkpoint", "latent_moe", "plot"),
     "training.world": ("checkpoint", "latent_moe", "model", "nvfp4", "quant.lowbit"),
@@ -62,6 +67,22 @@ HOUSE = {
         "training.settings",
         "training.world",
     ),
+    "sft": (
+        "chat",
+        "checkpoint",
+        "command",
+        "config",
+        "data",
+        "hf",
+        "mtp",
+        "post.pack",
+        "post.picture",
+        "post.rollout",
+        "post.tasks",
+        "sample",
+        "train",
+        "training.settings",
+    ),
     "bench": (
         "config",
         "decode",
@@ -82,6 +103,8 @@ BESIDES = {
     "data": {"numpy"},
     "tokenizer": {"numpy", "tiktoken"},
     "plot": {"matplotlib"},
+    "post.picture": {"matplotlib"},
+    "chat": {"tiktoken"},
     "hf": {"safetensors"},
 }
 
