@@ -234,23 +234,10 @@ class Talks:
                 "answers    none: this model is cut up over ranks; sample.py reads a released copy"
             )
         if not self.talks:
-            report(model, self.enc, self.mixture, self.run, world, say)
-            picture.sft(self.run.folder())
-
-
-def report(model, enc, mixture, run, world, say):
-    """answers.csv: what the model answers, by task and mode, and the tokens a round of drafts yields."""
-    rows = rollout.evaluate(model, enc, mixture, run.questions, seed=1, room=run.room)
-    drafted = rollout.drafted(model, enc, mixture, room=run.room)
-    rows = [dict(r, accepted=drafted.get((r["task"], r["mode"]), "")) for r in rows]
-    world.write(run.folder() / "answers.csv", checkpoint.table(rows))
-    say("answers    task   mode     right  tokens  malformed  accepted a round")
-    for r in rows:
-        accepted = f"{r['accepted']:.2f}" if r["accepted"] else ""
-        say(
-            f"           {r['task']:6} {r['mode']:7} {r['right']:6.2f} {r['tokens']:7.1f} "
-            f"{1 - r['formed']:10.2f}  {accepted}"
-        )
+            run = self.run
+            rows = rollout.report(model, self.enc, self.mixture, run.questions, run.room, say)
+            world.write(run.folder() / "answers.csv", checkpoint.table(rows))
+            picture.sft(run.folder())
 
 
 def start(run):

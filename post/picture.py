@@ -71,9 +71,10 @@ def grpo(folder):
     """answers.png of a run of grpo.py."""
     rows = checkpoint.read_log(folder / "log.csv")
     fig, (a, b) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    step, reward = [r["step"] for r in rows], [r["reward"] for r in rows]
-    n = max(1, min(10, len(rows) // 4))
-    smooth = [sum(reward[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(rows))]
+    made = [r for r in rows if r["step"]]  # row 0 is the evaluation before
+    step, reward = [r["step"] for r in made], [r["reward"] for r in made]
+    n = max(1, min(10, len(made) // 4))
+    smooth = [sum(reward[max(0, i - n + 1) : i + 1]) / min(n, i + 1) for i in range(len(made))]
     a.plot(step, reward, color=SKY, lw=0.8, label="a step")
     a.plot(step, smooth, color=BLUE, label=f"mean of {n}")
     first, last = sum(reward[:n]) / n, sum(reward[-n:]) / n

@@ -143,5 +143,19 @@ def budgeted(model, enc, asked, budget, seed=0, room=40):
     return mean(right)
 
 
+def report(model, enc, weights, questions, room, say):
+    """`evaluate` and `drafted` in one table, on other draws -> its rows, and says it."""
+    rows = evaluate(model, enc, weights, questions, seed=1, room=room)
+    accepted = drafted(model, enc, weights, room=room)
+    say("answers    task   mode     right  tokens  malformed  accepted a round")
+    for r in rows:
+        r["accepted"] = accepted.get((r["task"], r["mode"]), "")
+        say(
+            f"           {r['task']:6} {r['mode']:7} {r['right']:6.2f} {r['tokens']:7.1f} "
+            f"{1 - r['formed']:10.2f}  " + (f"{r['accepted']:.2f}" if r["accepted"] else "")
+        )
+    return rows
+
+
 def table(rows):
     return "  ".join(f"{r['task']} {r['mode']} {r['right']:.2f} ({r['tokens']:.1f})" for r in rows)
