@@ -4,7 +4,7 @@ Chat: conversations as text, which of it a model learns to say, and what a reply
     <|im_start|>system                   always there, often empty; then the tools, if there are any
     ...<|im_end|>
     <|im_start|>user
-    What is 2+2?<|im_end|>               little effort: "\\n\\n{reasoning effort: low}" is added here
+    What is 2+2?<|im_end|>               little effort: "{reasoning effort: low}" is added here
     <|im_start|>assistant
     <think>                              so far the prompt; without reasoning "<think></think>"
     Two and two are four.
@@ -19,14 +19,14 @@ which teaches its last answer (`documents`).
 Only the template says special tokens. What a user, a system text or a tool's result says is spelled
 as ordinary text, whatever it looks like: no data can open a turn or close one.
 
-    render     messages -> the text       parts    the same in parts: whose they are, which are learned
-    encode     parts -> ids, learned      reply    a sampled text -> reasoning, content, calls, formed
-    parse      a rendered text -> messages
+    render    messages -> the text        parts    the same in parts: whose, and which are learned
+    encode    parts -> ids, learned       reply    a sampled text -> reasoning, content, calls, formed
+    parse     a rendered text -> messages
 
-Not here  what is asked: post/tasks.py. The paragraph in which the release explains how to call a tool
-          is NVIDIA's text; HOW_TO_CALL says it in our own words, and `how_to_call` takes another's
-Sources   the chat template beside the released checkpoints of Nano and Super, which `render` follows
-          to the character; names of fields as in the OpenAI interface
+Not here  what is asked: post/tasks.py. The paragraph in which the release explains how to call a
+          tool is NVIDIA's text; HOW_TO_CALL says it in our own words, `how_to_call` takes another's
+Sources   the chat template beside the released checkpoints of Nano and Super, followed to the
+          character; names of fields as in the OpenAI interface
 Departs   the line break after <|im_end|> is not learned: sampling stops before it
 """
 
@@ -63,8 +63,8 @@ Give every required parameter. Say what there is to say before the call, and not
 
 
 class Part(NamedTuple):
-    """A stretch of the text. tag: it is one of the template's special tokens; said: an assistant's
-    turn has it; learned: and the prompt for that turn does not have it yet, and no question follows.
+    """A stretch of the text. tag: it is one of the template's special tokens; said: it is in an
+    assistant's turn; learned: and the prompt does not have it yet, and no question follows.
     """
 
     text: str
@@ -283,8 +283,9 @@ PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n", re.S)
 
 
 class Reply(NamedTuple):
-    """What an assistant's text says. formed: no tag stands where it should not, in the reasoning, in
-    the answer, or of a call that cannot be carried out."""
+    """What an assistant's text says. formed: no tag stands where it should not, in the reasoning,
+    in the answer, or of a call that cannot be carried out.
+    """
 
     reasoning: str
     content: str
@@ -343,7 +344,7 @@ def parse(text):
 
 
 def with_special(enc):
-    """The tokenizer with the template's special tokens: its own, and new ones behind its last id."""
+    """The tokenizer with the template's special tokens; new ones come behind its last id."""
     there, size = dict(enc._special_tokens), enc.max_token_value + 1
     new = {s: size + i for i, s in enumerate(s for s in SPECIAL if s not in there)}
     if not new:
@@ -393,7 +394,7 @@ def grow(weights, vocab):
 
 
 def main():
-    """Prints a conversation as it is trained on, what is learned between > and <; and a reply read."""
+    """Prints a conversation as it is trained on, what is learned between > and <; a reply read."""
     talk = [
         dict(role="user", content="2+2?"),
         dict(role="assistant", reasoning_content="Two and two.", content="4"),

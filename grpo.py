@@ -5,12 +5,12 @@ the others of its group (GRPO).
 For a prompt with g replies of rewards r_i, everything about reply i comes from the other g-1:
 
     b_i = mean of the others     s_i = their standard deviation (over g-2)
-    A_i = clip((r_i - b_i) / s_i, -50, 50)     s_i = 0: not divided     malformed: A_i = -5, whatever r_i
+    A_i = clip((r_i - b_i) / s_i, -50, 50)     s_i = 0: not divided     malformed: A_i = -5
 
     loss = sum over kept tokens of  (-w A rho + beta k3)  /  their number
       rho  = pi / pi_old            1 in value: one update a batch. Its gradient is that of log pi
-      w    = min(pi_old / pi_gen, 5)      what the trainer thinks of a token over what its generator did
-      kept : replies whose mean of exp|log pi_old - log pi_gen| is at most 2; asked so, those with an end
+      w    = min(pi_old / pi_gen, 5)      what the trainer thinks of a token over what the generator did
+      kept : replies whose mean of exp|log pi_old - log pi_gen| is at most 2 (--overlong: with an end)
       k3   = pi / pi_gen (e^x - 1 - x)    x = log pi_ref - log pi
 
 Generator and trainer run side by side, so the generator is one update behind (--lag 1), and new
@@ -22,7 +22,8 @@ drafts worse for it: heal.py is for that. The router rests too; only its bias go
     python grpo.py --name grpo --resume --steps 400     goes on, bit for bit
 
 Letters   p prompts  g replies to each  b = p g  t time
-Not here  tasks and rewards: post/tasks.py; a judge's rewards: post/rlhf.py; many ranks: one process so far
+Not here  tasks and rewards: post/tasks.py; a judge's rewards: post/rlhf.py; many ranks: one process
+          so far
 Sources   arXiv:2604.12374 section 3.2 and its released configuration; arXiv:2402.03300 (groups)
 Departs   1. deviations below 1e-6 count as 0, which in the release fp32's rounding decides
           2. the learning rate and the sizes are a small model's
@@ -108,8 +109,9 @@ class Run:
 
 
 def advantages(r, malformed=None, clip=50.0, penalty=-5.0):
-    """r (p, g) rewards, malformed (p, g) bool -> A (p, g). A malformed reply still votes in the others'
-    baseline, and its advantage is `penalty`, after the clip."""
+    """r (p, g) rewards, malformed (p, g) bool -> A (p, g). A malformed reply still votes in the
+    others' baseline; its own advantage is `penalty`, after the clip.
+    """
     g, r = r.shape[1], r.double()
     if g < 2:
         raise ValueError(
@@ -185,7 +187,7 @@ def logprobs(model, piece):
 
 
 def freeze(model, router=False):
-    """What rests: the MTP block and, though its bias moves, the router -> the parameters that do not."""
+    """What rests: the MTP block and, though its bias moves, the router -> the other parameters."""
     if model.mtp:
         model.mtp.requires_grad_(False)
     for moe in latent_moe.layers(model):
@@ -367,7 +369,7 @@ class Practice:
 
 
 def prefer(problem, one, other):
-    """A judge that is a function: right is worth 5, well formed 2, else 1 -> scores and a ranking."""
+    """A judge that is a function: right scores 5, well formed 2, else 1 -> scores and a ranking."""
     scores = [5 if problem.check(y) and y.formed else 1 + y.formed for y in (one, other)]
     return *scores, 3.5 - (scores[0] - scores[1]) * 2.5 / 4
 
@@ -432,7 +434,7 @@ def fit(run, say=print):
         checkpoint.write_log(folder / "answers.csv", table)
     picture.grpo(folder)
     say(
-        f"           {folder / 'answers.png'}, {folder / 'log.csv'}; {rows[-1].get('cpu', 0):.0f} CPU s"
+        f"           {folder / 'answers.png'}, {folder / 'log.csv'}; {rows[-1].get('cpu', 0):.0f} s"
     )
     return now, rows
 
@@ -441,7 +443,8 @@ def line(row, run):
     share = row["generating"] / (row["generating"] + row["updating"])
     kl = f"  kl {row['kl']:.3f}" if row["kl"] != "" else ""
     return (
-        f"step {row['step']:4}/{run.steps}  reward {row['reward']:.3f}  tokens {row['tokens']:4.1f}  "
+        f"step {row['step']:4}/{run.steps}  reward {row['reward']:.3f}  "
+        f"tokens {row['tokens']:4.1f}  "
         f"malformed {row['malformed']:.3f}  w <= {row['w_max']:.2f}  kept {row['kept']:.2f}{kl}  "
         f"|g| {row['norm']:.2f}  generating {share:.0%} of {row['cpu']:.0f} CPU s"
     )

@@ -5,8 +5,8 @@ modes it is asked in.
 Conversations are packed into rows (post/pack.py), and only what the assistant says is learned
 (chat.py). With O_c the learned tokens of conversation c and l_t the loss of one:
 
-    stage 1    sum_c sum_{t in O_c} l_t / sum_c |O_c|        every token counts alike: long answers lead
-    stage 2    mean over c of  sum_{t in O_c} l_t / |O_c|    every conversation does: short ones catch up
+    stage 1    sum_c sum_{t in O_c} l_t / sum_c |O_c|       every token counts alike: long ones lead
+    stage 2    mean over c of  sum_{t in O_c} l_t / |O_c|   every conversation does: short ones gain
 
 Both are one weighted mean, of weights 1 and 1/|O_c|; the MTP losses take the same weights, rolled
 along. The loop is train.py's own (train.fit): this file only says what is learned.
@@ -19,7 +19,7 @@ along. The loop is train.py's own (train.fit): this file only says what is learn
 
 Not here  the loop: train.py; what is asked: post/tasks.py; practice instead of examples: grpo.py
 Sources   arXiv:2604.12374 section 3.1: the two stages, MTP 0.3, balance 1e-4
-Departs   the sizes and the learning rates are a small model's, and it falls; the release's is constant
+Departs   sizes and learning rate are a small model's, and the rate falls; the release's is constant
 """
 
 import hashlib

@@ -6,9 +6,9 @@ A judge reads a prompt and two replies, and says two scores of helpfulness, 1 to
 1 (the first is much better) to 6 (the second is). All pairs of a group would be n(n-1)/2 readings;
 a circle is n:
 
-    matches (1,2) (2,3) ... (n,1)    equal scores are parted by the ranking r: s_1 += 3.5 - r, s_2 += r - 3.5
+    matches (1,2) (2,3) ... (n,1)    equal scores are parted: s_1 += 3.5 - r, s_2 += r - 3.5
     base_i  = mean of i's two matches
-    w_i     = 1 - (l_i - l_min) / (l_max - l_min), less its mean over the group      l: tokens of a part
+    w_i     = 1 - (l_i - l_min) / (l_max - l_min), less its mean over the group   l: tokens of a part
     R_i     = base_i + a_think w_i^think + a_answer w_i^answer
               + bonus to the shortest reasoning and to the shortest answer, where base is among the
                 group's best fifth
@@ -20,7 +20,7 @@ it. The judge itself is trained the same way, on pairs that people have scored (
     R = -10 [cannot be read] - |s_1 - h_1| - |s_2 - h_2| - |r - rank|
 
 Letters   n replies to one prompt
-Not here  a judge that is a model: here it is any function of (prompt, reply, reply) -> (s_1, s_2, r)
+Not here  a judge that is a model: here it is any function (prompt, reply, reply) -> (s_1, s_2, r)
 Sources   arXiv:2512.20848 section 3.3 and equations 1 to 6; coefficients: Super's released
           configuration of RLHF, arXiv:2604.12374 section 3.2
 """

@@ -4,8 +4,8 @@ Rollouts: many replies at once, with the log-probability of every token, and wha
     prompts (any lengths) -> read once each -> the memory copied for every reply of its group ->
     one token a row and step, drawn at temperature 1 -> rows that have ended leave the batch
 
-Two calls of Cache.take do it: repeat rows behind the prompt, drop rows that are done. So a prompt is
-read once however many replies it gets, and the batch shrinks to the replies still being written.
+Two calls of Cache.take do it: repeat rows behind the prompt, drop rows that are done. So a prompt
+is read once however many replies it gets, and the batch shrinks to the replies still being written.
 
 Letters   b replies  t time  v vocabulary
 Not here  the update: grpo.py; another temperature or top-p: the policy that is trained is the one
@@ -31,8 +31,8 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def roll(model, prompts, group, room, end, generator=None, greedy=False, swap=None):
-    """`group` replies to each prompt, of at most `room` tokens -> Rollouts, those of one prompt side
-    by side. swap: called with the number of each step; it may change the model's weights in the
+    """`group` replies to each prompt, of at most `room` tokens -> Rollouts, those of one prompt
+    side by side. swap: called with the number of each step; it may change the model's weights in the
     middle of all replies, whose memory stays as it is.
     """
     device, cache = model.lm_head.weight.device, model.new_cache(len(prompts))

@@ -5,7 +5,7 @@ environments.
     sort   "sort 53814"            13458
     third  "third 53814"           the third smallest, 4; it may think first: 13458, little: 13
     make   "make 22 from 3 8 2"    3*8-2; any expression that uses each number once will do
-    call   "set x to 37"           a call of the tool `set` with x = 37, in the template's own grammar
+    call   "set x to 37"           a call of the tool `set` with x = 37, in the template's grammar
 
 A problem knows its question, a demonstration for every mode it can be asked in, and what a reply to
 it is worth: 0 or 1, exactly, without a model that judges. Nothing that a model writes is executed:
@@ -15,7 +15,7 @@ it is worth: 0 or 1, exactly, without a model that judges. Nothing that a model 
 
 Every tenth question, by a hash of it, is held out: no training step ever asks it.
 
-Not here  how a conversation is spelled: chat.py; replies: rollout.py; which level is practised when: Curriculum
+Not here  how a conversation is spelled: chat.py; replies: rollout.py
 Sources   the kinds of the release's environments (ordering, arithmetic, search, tool calls) and its
           curriculum by pass rate, arXiv:2604.12374 section 3.2; sizes and texts are ours
 """
