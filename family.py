@@ -25,6 +25,8 @@ PATTERN = "hybrid_override_pattern"
 IGNORED = set(
     """architectures model_type num_hidden_layers auto_map dtype torch_dtype transformers_version
     use_cache num_logits_to_keep output_router_logits expand use_mamba_kernels mamba_ssm_cache_dtype
+    output_hidden_states output_attentions return_dict id2label label2id problem_type
+    chunk_size_feed_forward is_encoder_decoder _name_or_path
     moe_shared_expert_overlap rescale_prenorm_residual rope_theta partial_rotary_factor
     time_step_rank""".split()
 )

@@ -12,8 +12,8 @@ token is cheap; the string decides all of it.
     super   MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME
 
 In this file: the model and its cache; its initialisation; its costs. The mixers: a file each.
-Sizes: config.py. `python model.py --preset super` prints the costs of any preset, without
-allocating a single weight.
+Sizes: config.py. `python model.py --preset super` prints the costs of any preset, and `--hf DIR`
+those of any config.json of the family, without allocating a single weight.
 
 Seams: what a wing replaces in a finished model, so that no mixer knows of it.
 
@@ -33,6 +33,7 @@ Departs   residual stream and parameters are fp32 (matrix products in bf16 under
 import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -373,13 +374,22 @@ def cache_bytes(c):
 @dataclass(frozen=True)
 class Flags:
     preset: str = knob("super", ", ".join(PRESETS), choices=PRESETS)
+    hf: str | None = knob(
+        None, "a folder with any member's config.json, instead", least=1, most=command.LONGEST
+    )
     context: int = knob(8192, "tokens of context, for FLOPs and cache", least=1, most=1 << 40)
 
 
+def described(folder):
+    """The Config that a folder's config.json describes; how its weights are stored plays no part."""
+    given = command.document(Path(folder) / "config.json")
+    return Config.from_hf({k: v for k, v in given.items() if k != "quantization_config"})
+
+
 def table(a):
-    """Prints a preset's parameters, operations and memory."""
-    c = Config.preset(a.preset)
-    print(f"{a.preset}: {c.num_hidden_layers} layers, one mixer each\n")
+    """Prints the parameters, operations and memory of a preset, or of a folder's config.json."""
+    c = described(a.hf) if a.hf else Config.preset(a.preset)
+    print(f"{a.hf or a.preset}: {c.num_hidden_layers} layers, one mixer each\n")
     print(f"  {c.hybrid_override_pattern}\n")
     show(c, a.context)
 

@@ -27,6 +27,7 @@ from quant import lowbit
 from quant.lowbit import Operands, matmul
 
 G = load_file(ROOT / "tests" / "golden" / "nvfp4.safetensors")
+MSE = load_file(ROOT / "tests" / "golden" / "nvfp4_mse.safetensors")  # Model Optimizer's sweep
 INPUTS = sorted(k.split("/")[0] for k in G if k.endswith("/te1d.q"))
 R = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -184,6 +185,41 @@ def test_export_is_model_optimizers(name):
             and same(s, G[f"{name}/mse.s"])
             and same(two, G[f"{name}/mse.s2"])
         )
+
+
+def test_the_sweep_over_scales_breaks_ties_as_model_optimizers_does():
+    """Ten inputs, in most of them blocks of one loud number, which two scales fit equally well. With
+    the scale rounded once, as two's multiple, some of these blocks take the other."""
+    other = 0
+    for name in sorted({k.split("/")[0] for k in MSE}):
+        x = MSE[f"{name}/x"]
+        for got, what in zip(export_weight(x, "mse"), ("q", "s", "s2")):
+            assert same(got, MSE[f"{name}/mse.{what}"]), (name, what)
+        other += int((rounded_once(x).view(torch.uint8) != MSE[f"{name}/mse.s"]).sum())
+    assert other > 100
+
+
+def rounded_once(x):
+    """The sweep with scales fl(v * two): what this file held before it met such blocks."""
+    x = x.float().reshape(len(x), -1, 16)
+    values = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    sigma = (values.float() * (x.abs().max() / 2688))[:, None, None, None]
+    loss = (x - nvfp4.to_grid(x / sigma) * sigma).square().sum(-1)
+    return values[loss.argmin(0)]
+
+
+@pytest.mark.parametrize("amax", [1e-37, 6 * 2.0**-24, 1.0, 1e30])
+def test_the_sweep_is_finite_and_never_worse_than_max(amax):
+    x = R(32, 64, seed=3)
+    x *= amax / x.abs().max()
+
+    def error(method):
+        q, s, two = export_weight(x, method)
+        assert s.float().isfinite().all() and two.isfinite()
+        sigma = s.double().repeat_interleave(16, 1) * two.double()
+        return float((nvfp4.unpack(q).double() * sigma - x.double()).norm() / x.double().norm())
+
+    assert error("mse") <= error("max") * (1 + 1e-6) < 0.2
 
 
 def test_fp8_export_keeps_the_bf16_step():
