@@ -112,6 +112,15 @@ def corpus(spec):
     return text_corpus(spec, list(map(read, paths)))
 
 
+def same_text(corpus, saved):
+    """ValueError unless a checkpoint was trained on this very text."""
+    if saved.get("corpus_sha256", corpus.sha256) != corpus.sha256:
+        raise ValueError(
+            f"{corpus.name}: this is not the text the run was trained on: sha256 "
+            f"{corpus.sha256[:12]}, not {saved['corpus_sha256'][:12]}"
+        )
+
+
 def text_corpus(name, files):
     """The files' texts (or one text), joined by a blank line."""
     files = [files] if isinstance(files, str) else files
@@ -342,17 +351,24 @@ def targets(corpus, t):
     return torch.tensor([j % corpus.unit in corpus.asked for j in range(1, t + 1)])
 
 
+def largest(ids, block=1 << 24):
+    """The largest id of a split, a block at a time."""
+    return max(int(ids[i : i + block].max()) for i in range(0, len(ids), block))
+
+
 def describe(corpus, enc, train_tokens, val_tokens):
     """One line on what is trained on; the last two are counts. Refuses a tokenizer too small for
-    the ids.
+    the ids: all of both splits are looked at, 16 bits at a time, which takes about a second a GB.
     """
     ratio = corpus.size / (train_tokens + val_tokens)
     if not isinstance(corpus.val, str):
+        for split, ids in (("training", corpus.train), ("validation", corpus.val)):
+            if (most := largest(ids)) >= vocab_size(enc):
+                raise ValueError(
+                    f"{corpus.name} has id {most} in its {split} split, but {enc.name} has "
+                    f"{vocab_size(enc):,} ids"
+                )
         some = torch.from_numpy(corpus.val[: 1 << 20].astype(np.int64))
-        if some.max() >= vocab_size(enc):
-            raise ValueError(
-                f"{corpus.name} has id {some.max()}, but {enc.name} has {vocab_size(enc):,} ids"
-            )
         ratio = token_bytes(enc)[some].double().mean()
     return (
         f"{corpus.name}: {corpus.size:,} bytes, {train_tokens:,} + {val_tokens:,} tokens of {enc.name}, "

@@ -51,7 +51,7 @@ def acceptance(model, tokens, d=7, rows=48, new=96, temperature=1.0, seed=0, rem
         new,
         d,
         temperature,
-        seed=seed,
+        seed=[seed + i for i in range(rows)],
         tally=tally,
         remember=remember,
     ):
@@ -104,11 +104,18 @@ def work(a):
     sample.quicken()
     if Path(a.out).exists():
         raise ValueError(f"{a.out} is there already: --out names a new folder")
+    with checkpoint.lock(a.out):
+        mend(a)
+
+
+def mend(a):
+    """The work itself: acceptance before, the block's training, acceptance after, one checkpoint."""
     saved = checkpoint.read(a.run)
     model, enc, step = sample.load_run(a.run)
     if model.mtp is None:
         raise ValueError(f"{a.run} has no MTP block to heal")
     corpus = data.corpus(saved["run"]["data"])
+    data.same_text(corpus, saved)
     train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
 
     def show(when):
@@ -121,10 +128,11 @@ def work(a):
 
     show("before")
     rows = prompts(train, a.texts, 32, a.seed)
+    each = lambda i: [a.seed + j for j in range(i, min(i + 64, a.texts))]
     ids = torch.cat(
         [
-            sample.generate(model, some, a.length - 31, 1.0, seed=a.seed + i)
-            for i, some in enumerate(rows.split(64))
+            sample.generate(model, rows[i : i + 64], a.length - 31, 1.0, seed=each(i))
+            for i in range(0, a.texts, 64)
         ]
     )
     for i, each in enumerate(heal(model, ids, a.steps, a.lr, seed=a.seed), 1):

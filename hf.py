@@ -43,6 +43,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import checkpoint
 import command
 from command import LONGEST, knob
 from model import Config, Nemotron
@@ -203,6 +204,7 @@ def load(dir, dtype=torch.float32, device="cpu"):
         if file != last or seen > 2**25:  # a file is a memory map: opening it
             f, last, seen = opened(Path(dir) / file), file, 0  # again lets go of what has been read
         tensor = f.get_tensor(name)
+        checkpoint.finite({name: tensor}, Path(dir) / file)
         place[ours(name)].copy_(tensor)
         seen += tensor.nbytes
     return model.eval()
