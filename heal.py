@@ -128,10 +128,10 @@ def mend(a):
 
     show("before")
     rows = prompts(train, a.texts, 32, a.seed)
-    each = lambda i: [a.seed + j for j in range(i, min(i + 64, a.texts))]
+    own = lambda i: [a.seed + j for j in range(i, min(i + 64, a.texts))]
     ids = torch.cat(
         [
-            sample.generate(model, rows[i : i + 64], a.length - 31, 1.0, seed=each(i))
+            sample.generate(model, rows[i : i + 64], a.length - 31, 1.0, seed=own(i))
             for i in range(0, a.texts, 64)
         ]
     )
