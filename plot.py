@@ -1,12 +1,12 @@
 """
-The picture of a run: its losses, what each token further ahead costs, the balance of its experts, and
-where the experts' tokens went in the end.
+The picture of a run: its losses, what each token further ahead costs, the balance of its experts,
+and where the experts' tokens went in the end.
 
-    python plot.py runs/toy                 draws runs/toy/loss.png again, from log.csv and load.json
-    python plot.py runs/a runs/b out.png    validation of several runs, side by side; a-0 and a-1 are seeds of a
+    python plot.py runs/toy                 draws runs/toy/loss.png, from log.csv and load.json
+    python plot.py runs/a runs/b out.png    the validation of runs; a-0 and a-1 are seeds of a
 
-A title says what is to be seen, in the run's own numbers. Lines are told apart by colour, by marker and
-by a name at their end.
+A title says what is to be seen, in the run's own numbers. Lines are told apart by colour, by marker
+and by a name at their end.
 
     COLOURS, MARKERS, STYLE      for every picture of this project; name_ends puts the names
 
@@ -30,8 +30,8 @@ import command
 from command import knob
 from config import LETTERS
 
-# blue, vermilion, orange, green, purple, sky
-COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+# blue, vermilion, green, purple, orange, sky
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 # An inch is 80 pixels where README shows a picture of ten, so these are 13 to 16 pixels high.
 STYLE = {
@@ -62,15 +62,15 @@ def points(rows, key, x="step"):
 
 
 def smooth(ys, reach=3):
-    """Each becomes the mean of itself, up to `reach` before it and as many after it. At the end there
-    are fewer after it.
+    """Each becomes the mean of itself, up to `reach` before it and as many after it. At the end
+    there are fewer after it.
     """
     near = [min(reach, i) for i in range(len(ys))]
     return [statistics.mean(ys[i - m : i + m + 1]) for i, m in enumerate(near)]
 
 
 def name_ends(ax, ends, gap=0.075):
-    """Names lines at the right edge: ends are (y, text, colour). Names that would touch move apart."""
+    """Names lines at the right edge: ends are (y, text, colour). Names do not touch."""
     low, high = ax.get_ylim()
     places = []
     for y, text, colour in sorted(ends, key=lambda end: end[0]):
@@ -168,7 +168,7 @@ def draw_balance(ax, rows, experts):
 
 
 def draw_load(ax, load):
-    """Each expert's tokens over the mean of its layer. White is the mean, blue below, brown above."""
+    """Each expert's tokens over the mean of its layer. White is the mean, brown above it."""
     share = [[n * len(row) / max(1, sum(row)) for n in row] for row in load["tokens"]]
     flat = [x for row in share for x in row]
     reach = min(1.0, max(0.1, *(abs(x - 1) for x in flat)))

@@ -2,8 +2,8 @@
 What four bits cost, and which ingredient of the recipe pays for itself: the same small model,
 trained eight ways.
 
-    python ablations/fig_nvfp4.py            trains what is missing, then writes the table and the picture again
-    python ablations/fig_nvfp4.py --draw     only the latter, from what is there
+    python ablations/fig_nvfp4.py            trains what is missing, then writes table and picture
+    python ablations/fig_nvfp4.py --draw     only the picture, from receipts/nvfp4
 
 Every variant starts from the same weights and sees the same batches for a seed; three seeds. The
 gap of a variant is its validation loss over that of fp32 with the same seed, minus one; the spread
@@ -11,11 +11,13 @@ is the gap's standard deviation.
 
 Sources   after arXiv:2509.25149 figures 4 to 6, there 12 and 8 G parameters; here some 0.2 M,
           minutes on one core
-Not here  the late effects: those runs differ after hundreds of billions of tokens, these see 154 thousand
+Not here  the late effects: those runs differ after hundreds of billions of tokens, these see
+          154 thousand
 """
 
 import csv
 import functools
+import math
 import statistics
 import sys
 import tempfile
@@ -23,12 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 import data
+import plot
 import train
 
 VARIANTS = {
@@ -108,33 +106,63 @@ def measure():
             print(precision, seed, log[-1]["val_nats"], flush=True)
 
 
-def gaps():
-    """{precision: [gap of each seed]}, in percent of fp32's loss with that seed."""
-    base = {r["seed"]: r["val_nats"] for r in rows() if r["precision"] == "fp32"}
+def gaps(base):
+    """{precision: [gap of each seed]}: loss above that of `base` with the same seed, in percent of
+    it.
+    """
+    loss = {(r["precision"], r["seed"]): r["val_nats"] for r in rows()}
+    seeds = [seed for p, seed in loss if p == base]
     found = {
-        p: [
-            100 * (r["val_nats"] / base[r["seed"]] - 1)
-            for r in rows()
-            if r["precision"] == p and r["seed"] in base
-        ]
+        p: [100 * (loss[p, s] / loss[base, s] - 1) for s in seeds if (p, s) in loss]
         for p in VARIANTS
-        if p != "fp32"
+        if p != base
     }
-    return {p: g for p, g in found.items() if g}
+    return {p: g for p, g in found.items() if len(g) > 1}
+
+
+def interval(g):
+    """Mean, and half of its 95 % interval (Student's t)."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(g), 2.6)
+    return statistics.mean(g), t * statistics.stdev(g) / math.sqrt(len(g))
+
+
+def draw_gaps(ax, found, words):
+    """A row a variant: its seeds, their mean, and the mean's interval."""
+    for i, (p, g) in enumerate(found.items()):
+        mean, half = interval(g)
+        colour = plot.COLOURS[0] if abs(mean) <= half else plot.COLOURS[1]
+        ax.plot([mean - half, mean + half], [i, i], color=colour, lw=7, alpha=0.25)
+        ax.plot([mean], [i], "|", color=colour, ms=20, mew=3)
+        for marker, y in zip(plot.MARKERS, g):
+            ax.plot([y], [i], marker, color="0.25", ms=6, mfc="none", mew=1.3)
+        print(f"{p:24}{words[p]:30}{mean:+7.2f} % +- {statistics.stdev(g):.2f}   {len(g)} seeds")
+    ax.axvline(0, color="k", lw=1)
+    ax.set_yticks(range(len(found)), [words[p] for p in found])
+    ax.set(ylim=(len(found) - 0.5, -0.5))
 
 
 def draw():
-    fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    for i, (p, g) in enumerate(gaps().items()):
-        mean, spread = statistics.mean(g), statistics.stdev(g) if len(g) > 1 else 0.0
-        ax.barh(i, mean, xerr=spread, color="C0" if p == "nvfp4" else "C7", alpha=0.6, capsize=3)
-        ax.plot(g, [i] * len(g), "k.", ms=5)
-        print(f"{p:24}{VARIANTS[p]:30}{mean:+7.2f} % +- {spread:.2f}   {len(g)} seeds")
-    ax.set_yticks(range(len(gaps())), [VARIANTS[p] for p in gaps()])
-    ax.invert_yaxis()
-    ax.axvline(0, color="k", lw=0.8)
-    ax.set(xlabel="validation loss above fp32's, percent (dots: seeds)")
-    fig.savefig(PICTURE, dpi=120)
+    """Above: what formats cost against fp32. Below: what leaving an ingredient out of the recipe
+    does, paired by seed.
+    """
+    cost = {p: g for p, g in gaps("fp32").items() if p in ("nvfp4", "mxfp4")}
+    apart = {p: g for p, g in gaps("nvfp4").items() if p.startswith("nvfp4-")}
+    known = [VARIANTS[p] for p, g in apart.items() if abs(interval(g)[0]) > interval(g)[1]]
+    count = f"{statistics.mean(cost['nvfp4']):.1f} %"
+    with plot.plt.rc_context(plot.STYLE):
+        sizes = dict(figsize=(10, 6.4), height_ratios=(2, 5))
+        fig, (a, b) = plot.plt.subplots(2, 1, **sizes)
+        draw_gaps(a, cost, VARIANTS | dict(nvfp4="NVFP4, the recipe", mxfp4="MXFP4"))
+        a.set(title=f"Four bits cost {count} of the loss", xlabel="loss above fp32's, percent")
+        draw_gaps(b, apart, VARIANTS)
+        b.set(
+            title="What is worth its place here: " + ", ".join(known)
+            if known
+            else "At 0.2 M parameters no ingredient can be told from none",
+            xlabel="loss above the recipe's with the same seed, percent\n"
+            "(outlines: three seeds; bar: 95 % interval of their mean)",
+        )
+        plot.save(fig, PICTURE)
 
 
 if __name__ == "__main__":

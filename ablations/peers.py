@@ -2,7 +2,7 @@
 Our readable code beside transformers' on a CPU: the same small Nemotron, trained and sampled from,
 in fp32.
 
-    python ablations/peers.py                       about two minutes on two cores, half of them the compiler's
+    python ablations/peers.py                       two minutes, half of them the compiler's
 
 Both sides take turns, so that whatever else the machine does hits both; the table shows medians. A
 step is forward, backward, clipping and AdamW on 8 x 256 random tokens, ours with the balance loss
@@ -58,7 +58,7 @@ BATCH, LENGTH, PROMPTS, PROMPT, NEW = 8, 256, 8, 64, 128
 
 
 def theirs(experts):
-    """A training step and a generation of transformers' model, with one of its ways to run experts."""
+    """A training step and a generation of transformers' model, with one way to run experts."""
     model = NemotronHForCausalLM(NemotronHConfig(**SIZES, eos_token_id=None, pad_token_id=0))
     model.set_experts_implementation(experts)
     opt = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -134,7 +134,8 @@ def main():
         peers["ours, compiled step"] = ours(True)
     text = turns([generate for _, generate in peers.values()], a.rounds)
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {a.threads} threads, fp32, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{a.threads} threads, fp32, "
         f"{a.rounds} rounds; ratios to transformers' better one"
     )
     print(f"{'':34}{'training tok/s':>16}{'':8}{'generating tok/s':>18}")
@@ -151,8 +152,9 @@ def main():
     rate = 2 * x.numel() * 1024 / turns([lambda: x @ w], 50)[0]
     flops = counted.get_total_flops()
     print(
-        f"products of a step: {flops / 1e9:.1f} GFLOP, {1e3 * flops / rate:.0f} ms at {rate / 1e9:.0f} GFLOP/s; "
-        f"ours takes {1e3 * train[2]:.0f} ms in all, half of transformers' {500 * min(train[:2]):.0f}"
+        f"products of a step: {flops / 1e9:.1f} GFLOP, {1e3 * flops / rate:.0f} ms at "
+        f"{rate / 1e9:.0f} GFLOP/s; in all ours takes {1e3 * train[2]:.0f} ms, "
+        f"transformers {1e3 * min(train[:2]):.0f} ms"
     )
 
 

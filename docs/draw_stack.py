@@ -1,7 +1,7 @@
 """
 The stack in one picture: the layers in order, what one layer does, what the MTP block adds.
 
-    python docs/draw_stack.py                 draws docs/stack.png, from Super's pattern and sizes in config.py
+    python docs/draw_stack.py     draws docs/stack.png, from Super's pattern and sizes in config.py
 
 Sources   the released config.json, by way of config.py
 """
@@ -21,7 +21,6 @@ from config import LETTERS, Config
 from plot import COLOURS, STYLE
 
 KINDS = dict(zip("ME*-", COLOURS))
-INK = {"*": "black"}  # on its colour; white on the others
 GREY = "0.35"
 
 
@@ -63,12 +62,14 @@ def mixers(c):
         (
             "M",
             "fades, writes and reads\na state of fixed size",
-            f"{c.mamba_num_heads} heads, each with a\n{c.mamba_head_dim} x {c.ssm_state_size} state",
+            f"{c.mamba_num_heads} heads, each with a\n"
+            f"{c.mamba_head_dim} x {c.ssm_state_size} state",
         ),
         (
             "*",
             "looks back at every token,\nwithout positions",
-            f"{c.num_attention_heads} query heads,\n{c.num_key_value_heads} key-value heads of {c.head_dim}",
+            f"{c.num_attention_heads} query heads,\n"
+            f"{c.num_key_value_heads} key-value heads of {c.head_dim}",
         ),
         (
             "E",
@@ -83,8 +84,8 @@ def draw_mixers(ax, c):
     heading(ax, 45.6, "One layer: x + mixer(norm(x))")
     for i, (letter, does, sizes) in enumerate(mixers(c)):
         x, colour = 2 + i * 32.75, KINDS[letter]
-        name, ink = f"{letter}   {LETTERS[letter]}", INK.get(letter, "white")
-        box(ax, x, 38.6, 30.5, 4.2, name, 12.5, colour, colour, color=ink, weight="bold")
+        name = f"{letter}   {LETTERS[letter]}"
+        box(ax, x, 38.6, 30.5, 4.2, name, 12.5, colour, colour, color="white", weight="bold")
         box(ax, x, 25.8, 30.5, 12.2, f"{does}\n\n{sizes}", edge=colour)
 
 
