@@ -51,9 +51,9 @@ def close(r):
         dict(),
         dict(recompute=True),
         dict(recompute=True, cp=2, ep=4, world=4, rows=2),
-        dict(recompute=True, rows=4, micro=1),
-        dict(world=16, ep=16, rows=1),
-        dict(world=16, cp=16, rows=1),
+        pytest.param(dict(recompute=True, rows=4, micro=1), marks=pytest.mark.slow),
+        pytest.param(dict(world=16, ep=16, rows=1), marks=pytest.mark.slow),
+        pytest.param(dict(world=16, cp=16, rows=1), marks=pytest.mark.slow),
     ],
 )
 def test_arithmetic_agrees_with_a_step_that_was_followed(how):
@@ -139,7 +139,14 @@ def allocations(seen):
     return [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
 
 
-@pytest.mark.parametrize("how", [dict(), dict(recompute=True), dict(recompute=True, micro=2)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        pytest.param(dict(recompute=True), marks=pytest.mark.slow),
+        pytest.param(dict(recompute=True, micro=2), marks=pytest.mark.slow),
+    ],
+)
 def test_the_predicted_peak_is_that_of_a_real_step(how):
     config = Config.preset("toy")
     run = plan(world=1, ep=1, rows=4, length=256, **how)

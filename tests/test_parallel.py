@@ -126,6 +126,7 @@ def test_a_worker_that_dies_is_noticed():
         assert same(ranks(2, "2,1,0,0,abort")["2,1,0,0,abort"])
 
 
+@pytest.mark.slow
 def test_ranks_with_uneven_counts_are_one():
     """A rank that no token comes to, its experts idle; ranks with few and with many targets: over
     sequences, over time.
@@ -137,6 +138,7 @@ def test_ranks_with_uneven_counts_are_one():
     assert found[idle]["targets"] == [5, 52] and found[slices]["targets"] == [37, 20]
 
 
+@pytest.mark.slow
 def test_ranks_in_bf16_are_one_in_bf16():
     """Nearer to one process under autocast than that is to fp32; weights, summed gradients,
     moments: fp32.

@@ -215,7 +215,7 @@ def test_a_cache_of_fixed_room_changes_nothing(pattern, lengths):
     assert generate(model, rows, 12, step=model.forward) == generate(model, rows, 12)
 
 
-@pytest.mark.parametrize("lengths", [(9, 2, 5), (9,)])
+@pytest.mark.parametrize("lengths", [(9, 2, 5), pytest.param((9,), marks=pytest.mark.slow)])
 def test_a_compiled_step_gives_the_same_text(lengths):
     """Through the real compiler, on rows of unequal length, which together want all experts, and on
     one, which does not.
