@@ -339,11 +339,14 @@ def batch(tokens, seed, step, size, length, rank=0, world=1, unit=1):
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def windows(tokens, n, length, unit=1):
-    """n rows, spread evenly over the tokens, always the same ones.   -> (n, length) int64"""
-    last = (len(tokens) - length) // unit
+def windows(tokens, most, length, unit=1):
+    """The validation slice: windows of `length` tokens and the one that follows, spread evenly,
+    always the same; `most` tokens in all, if there are as many.   -> (n, length + 1) int64
+    """
+    n = max(1, min(most, len(tokens) - 1) // length)
+    last = (len(tokens) - length - 1) // unit
     starts = [i * last // max(1, n - 1) * unit for i in range(n)]
-    return torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64))
+    return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
 def targets(corpus, t):

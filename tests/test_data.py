@@ -243,12 +243,12 @@ def test_the_values_alone_are_asked_for():
 
 
 def test_windows_are_spread_evenly_and_on_units():
-    rows = data.windows(IDS, 5, 100)
-    assert rows[:, 0].tolist() == [0, 1225, 2450, 3675, 4900] and rows[-1, -1] == 4999
-    assert torch.equal(rows - rows[:, :1], torch.arange(100).expand(5, -1))
-    starts = data.windows(IDS, 7, 33, unit=5)[:, 0]
+    rows = data.windows(IDS, 599, 99)
+    assert rows[:, 0].tolist() == [0, 980, 1960, 2940, 3920, 4900] and rows[-1, -1] == 4999
+    assert torch.equal(rows - rows[:, :1], torch.arange(100).expand(6, -1))
+    starts = data.windows(IDS, 7 * 32, 32, unit=5)[:, 0]
     assert (starts % 5 == 0).all() and starts[-1] == 4965 and starts.unique().numel() == 7
-    assert data.windows(IDS, 1, 20)[0, 0] == 0
+    assert data.windows(IDS, 1, 20)[0, 0] == 0 and len(data.windows(IDS, 10**6, 99)) == 50
 
 
 # Batches
