@@ -884,6 +884,7 @@ def test_what_a_run_leaves(tmp_path):
         "log.csv",
         "step-00000002.pt",
         "step-00000004.pt",
+        "worth.csv",
     ]
     assert (folder / "log.csv").read_text().splitlines()[0].split(",") == COLUMNS
     log = checkpoint.read_log(folder / "log.csv")
