@@ -271,6 +271,7 @@ PRESETS = dict(
         "nemotron-h-8b": dict(
             hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
             num_key_value_heads=8,
+            moe_latent_size=None,
             intermediate_size=21504,
             num_nextn_predict_layers=0,
             max_position_embeddings=8192,
@@ -281,6 +282,7 @@ PRESETS = dict(
             num_attention_heads=40,
             num_key_value_heads=8,
             mamba_head_dim=80,
+            moe_latent_size=None,
             intermediate_size=15680,
             num_nextn_predict_layers=0,
             max_position_embeddings=131072,

@@ -13,11 +13,14 @@ hf.save wrote. For each job
              experts stacked)
 
 The answers go to DIR/answers.safetensors, what AutoConfig reads from each of our config.json to
-DIR/configs.json.
+DIR/configs.json, every name that its configuration takes to DIR/names.json.
 """
 
+import inspect
 import json
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -66,6 +69,9 @@ def main(dir):
     from transformers import AutoConfig, NemotronHForCausalLM
     from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
 
+    taken = re.findall(r'"(\w+)" in kwargs', inspect.getsource(NemotronHConfig.__post_init__))
+    names = [f.name for f in fields(NemotronHConfig)] + taken + list(NemotronHConfig.attribute_map)
+    (dir / "names.json").write_text(json.dumps(names))
     answers, configs = {}, {}
     loop = dict(experts_implementation="eager")  # its loop over experts, for any shape
     for seed, job in enumerate(json.loads((dir / "jobs.json").read_text())):
