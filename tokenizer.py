@@ -16,15 +16,16 @@ A loss per token means little across tokenizers; token_bytes turns it into bits 
 
 Letters   v vocabulary
 Not here  the inner loops: rustbpe learns, tiktoken spells (`halves` is the rule in slow motion); special
-          tokens in a text: spelled out, they are plain text
+          tokens in a text: spelled out, they are plain text (added tokens that are not special are
+          one id; what the post-processor begins a text with stands before a prompt, not in a corpus)
 Sources   arXiv:1508.07909 (learning); tiktoken (the rule); GPT-2's encoder.py (tokenizer.json's alphabet)
 Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 control tokens. All counts agree
-          with the release; only the release's own tokenizer.json names those 1,000 and could prove it
+          with the release; only the release's own tokenizer.json names those 1,000 and could prove it.
+          A run of blanks is cut after every 65,536: no token is joined across that place
 """
 
 import base64
 import importlib.util
-import json
 import math
 import re
 import sysconfig
@@ -36,7 +37,11 @@ import numpy as np
 import tiktoken
 import torch
 
+import command
+
 END = "<|endoftext|>"
+MOST = 1 << 24  # ids
+BLANKS = 1 << 16  # in a row
 # A word with the sign or blank before it; a digit; signs with the white space after them, so that
 # ":\n    "
 # can be one token; a line break with its indentation; other blanks, the last one left to the next
@@ -45,17 +50,63 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\s*|\s*\n\s*|\s+(?!\S
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def tokenizer(spec, text=None):
-    """`bytes`, `bpe:N` (N ids in all, learned from `text`), `nemotron`, or a path ->
-    tiktoken.Encoding.
+class Panics:
+    """tiktoken's Rust half panics at an expression that it cannot run: an exception that is no
+    Exception, and here a ValueError.
     """
+
+    def __init__(self, what):
+        self.what = what
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, e, trace):
+        if kind is not None and kind.__name__ == "PanicException":
+            raise ValueError(
+                f"{self.what}: its regular expression fails ({str(e)[:120]})"
+            ) from None
+
+
+class Table(tiktoken.Encoding):
+    """An Encoding with what a tokenizer.json may add to the rule: ids that begin a text, and texts
+    that are one id wherever they stand (special=false among its added tokens).
+    """
+
+    begin, whole = (), ()
+
+    def encode_ordinary(self, text):
+        return [*self.begin, *spell(self, text)]
+
+
+def table(name, pattern, ranks, special, begin=(), whole=()):
+    """A Table, if it can spell every text and no two entries share an id; else ValueError."""
+    ids = [*ranks.values(), *special.values()]
+
+    def need(ok, why):
+        if not ok:
+            raise ValueError(f"tokenizer {name!r}: {why}")
+
+    need(isinstance(pattern, str), "its pattern is no text")
+    need(all(type(i) is int and 0 <= i < MOST for i in ids), f"an id is not in 0 to {MOST - 1:,}")
+    need(len(set(ids)) == len(ids), "two of its entries have the same id")
+    need(all(bytes([b]) in ranks for b in range(256)), "some single bytes have no id")
+    need(all(isinstance(s, str) and s for s in special), "a special token is no text")
+    need(set(begin) <= set(ids), "it begins texts with an id that it has not")
+    need(set(whole) <= set(special), "an added token has no id")
+    enc = Table(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    probe = "".join(map(chr, range(0x3000)))
+    with Panics(f"tokenizer {name!r}"):
+        kept = enc.decode(spell(enc, probe)) == probe
+    need(kept, f"its regular expression leaves characters out: {pattern}")
+    enc.begin, enc.whole = tuple(begin), tuple(whole)
+    return enc
+
+
+def tokenizer(spec, text=None):
+    """`bytes`, `bpe:N` (N ids in all, learned from `text`), `nemotron`, or a path -> Table."""
     if spec == "bytes":
-        return tiktoken.Encoding(
-            spec,
-            pat_str="(?s:.)",
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={END: 256},
-        )
+        return table(spec, "(?s:.)", {bytes([i]): i for i in range(256)}, {END: 256})
     if spec.startswith("bpe:"):
         return train_bpe(spec, text)
     path = nemotron_file() if spec == "nemotron" else Path(spec)
@@ -63,17 +114,30 @@ def tokenizer(spec, text=None):
         path = path / ("tokenizer.json" if (path / "tokenizer.json").is_file() else "tekken.json")
     if not path.is_file():
         raise ValueError(f"tokenizer {str(path)!r} is not bytes, bpe:N, nemotron or a file")
-    d = json.loads(path.read_bytes())
+    enc = from_file(path)
+    if spec == "nemotron" and vocab_size(enc) != 131_072:
+        raise ValueError(f"{path} has {vocab_size(enc):,} ids, Nemotron 3 has 131,072")
+    return enc
+
+
+def from_file(path):
+    """tokenizer.json, tekken.json or a saved `pack`; of any other file a sentence that names it."""
+    d = command.document(path)
     kinds = {"ranks": unpack, "model": from_hugging_face, "vocab": from_tekken}
     kind = next((key for key in kinds if isinstance(d.get(key), (dict, list))), None)
     if kind is None:
         raise ValueError(
             f"{path} is no tokenizer.json, tekken.json or pack: it starts with {list(d)[:3]}"
         )
-    enc = kinds[kind](d)
-    if spec == "nemotron" and vocab_size(enc) != 131_072:
-        raise ValueError(f"{path} has {vocab_size(enc):,} ids, Nemotron 3 has 131,072")
-    return enc
+    try:
+        return kinds[kind](d)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    except (LookupError, TypeError, AttributeError, OverflowError) as e:
+        why = f"{type(e).__name__}: {str(e)[:100]}"
+        raise ValueError(
+            f"{path} is malformed: a field is missing or of another kind ({why})"
+        ) from e
 
 
 def train_bpe(spec, text):
@@ -82,10 +146,11 @@ def train_bpe(spec, text):
     """
     import rustbpe
 
-    size = int(spec[4:]) if spec[4:].isdigit() else 0
-    if size < 257 or not isinstance(text, str):
+    size = int(spec[4:]) if re.fullmatch("[0-9]{1,9}", spec[4:]) else 0
+    if not 257 <= size <= MOST or not isinstance(text, str):
         raise ValueError(
-            f"{spec!r} needs a number from 257 up (bytes and {END}) and a text to learn from"
+            f"{spec!r} needs a number from 257 (bytes and {END}) to {MOST:,}, "
+            "and a text to learn from"
         )
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(pieces(text), size - 1, pattern=WORDS)
@@ -95,9 +160,7 @@ def train_bpe(spec, text):
             f"{spec} asks for {size - 257:,} pairs to join, but the {len(text):,} characters "
             f"it learns from have {len(ranks) - 256:,}"
         )
-    return tiktoken.Encoding(
-        spec, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: size - 1}
-    )
+    return table(spec, WORDS, ranks, {END: size - 1})
 
 
 def nemotron_file():
@@ -118,16 +181,14 @@ def from_tekken(d):
     used.
     """
     first, size = d["config"]["default_num_special_tokens"], d["config"]["default_vocab_size"]
+    if not 0 <= first <= size <= MOST:
+        raise ValueError(f"{first} special tokens of {size} in all make no sense")
     names = {t["rank"]: t["token_str"] for t in d.get("special_tokens") or []}
     ranks = {
         base64.b64decode(t["token_bytes"]): first + t["rank"] for t in d["vocab"][: size - first]
     }
-    return tiktoken.Encoding(
-        "tekken",
-        pat_str=d["config"]["pattern"],
-        mergeable_ranks=ranks,
-        special_tokens={names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)},
-    )
+    special = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
+    return table("tekken", d["config"]["pattern"], ranks, special)
 
 
 def from_hugging_face(d):
@@ -172,11 +233,17 @@ def from_hugging_face(d):
     rest = [b for b in range(256) if b not in seen]
     byte = dict(zip(map(chr, [*seen, *range(256, 512)]), seen + rest))
     special = {t["content"]: t["id"] for t in added}
+    whole = [t["content"] for t in added if not t.get("special")]
     for t in added:
-        need(
-            t.get("special") or not t["content"].isspace(),
-            f"added token {t['content']!r} cuts plain text",
-        )
+        for field in ("single_word", "lstrip", "rstrip"):
+            need(
+                t.get("special") or not t.get(field),
+                f"added token {t['content']!r} has {field}, which depends on what is around it",
+            )
+    need(
+        len({t.get("normalized", True) for t in added if not t.get("special")}) < 2,
+        "some added tokens are normalized and others are not: they are found one kind at a time",
+    )
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
     for token in vocab:
         need(byte.keys() >= set(token), f"token {token!r} is not in ByteLevel's alphabet")
@@ -197,15 +264,28 @@ def from_hugging_face(d):
             len(token) == 1 or halves(token, ranks) in listed,
             f"its merges do not make id {i}, {token!r}",
         )
-    enc = tiktoken.Encoding(
-        "tokenizer.json", pat_str=regex[0], mergeable_ranks=ranks, special_tokens=special
-    )
-    probe = "".join(map(chr, range(0x3000)))
+    begin = beginning(d.get("post_processor"), need)
+    return table("tokenizer.json", regex[0], ranks, special, begin, whole)
+
+
+def beginning(post, need):
+    """The ids that a post-processor puts before a text. One that does more than that is refused."""
+    kind, found = post and post.get("type"), []
+    if kind == "Sequence":
+        parts = [beginning(p, need) for p in post["processors"]]
+        need(sum(map(bool, parts)) < 2, "several post-processors add tokens")
+        return next(filter(None, parts), [])
+    if kind in (None, "ByteLevel"):
+        return []
+    need(kind == "TemplateProcessing", f"its post-processor is {kind}")
+    single = post["single"]
     need(
-        enc.decode(enc.encode_ordinary(probe)) == probe,
-        f"its Regex leaves characters out: {regex[0]}",
+        bool(single) and "Sequence" in single[-1] and "Sequence" not in str(single[:-1]),
+        "its post-processor adds tokens behind the text",
     )
-    return enc
+    for part in single[:-1]:
+        found += post["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+    return found
 
 
 def halves(token, ranks):
@@ -231,16 +311,16 @@ def pack(enc):
         "pattern": enc._pat_str,
         "special": dict(enc._special_tokens),
         "ranks": {base64.b64encode(token).decode(): i for token, i in enc._mergeable_ranks.items()},
+        "begin": list(getattr(enc, "begin", ())),
+        "whole": list(getattr(enc, "whole", ())),
     }
 
 
 def unpack(d):
-    return tiktoken.Encoding(
-        d["name"],
-        pat_str=d["pattern"],
-        special_tokens=d["special"],
-        mergeable_ranks={base64.b64decode(token): i for token, i in d["ranks"].items()},
-    )
+    """The Table that was packed; packs of before have neither `begin` nor `whole`."""
+    ranks = {base64.b64decode(token): i for token, i in d["ranks"].items()}
+    more = d.get("begin", ()), d.get("whole", ())
+    return table(str(d["name"]), d["pattern"], ranks, d["special"], *more)
 
 
 def vocab_size(enc):
@@ -253,19 +333,40 @@ def token_bytes(enc):
     size = torch.zeros(vocab_size(enc), dtype=torch.int64)
     for token, i in enc._mergeable_ranks.items():
         size[i] = len(token)
+    for text in getattr(enc, "whole", ()):
+        size[enc.encode_single_token(text)] = len(text.encode())
     return size
 
 
 def pieces(text, size=1 << 18):
     """Cuts before a line that starts with a word, where word patterns cut anyway: the ids stay the
-    same.
+    same. Also inside a run of blanks that is longer than any expression can look ahead.
     """
     start = 0
     while start < len(text):
         line = re.compile(r"\S\n(?=\w)").search(text, start + size)
         end = line.end() if line else len(text)
+        for run in re.compile(rf"\s{{{BLANKS},}}").finditer(text, start, end):
+            for at in range(run.start() + BLANKS, run.end(), BLANKS):
+                yield text[start:at]
+                start = at
         yield text[start:end]
         start = end
+
+
+def spell(enc, text):
+    """The ids of a text alone, without what the tokenizer begins a text with."""
+    whole, ids = getattr(enc, "whole", ()), []
+    longest = sorted(whole, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, longest)) + ")", text) if whole else [text]
+    with Panics(f"tokenizer {enc.name!r}"):
+        for part in parts:
+            if part in whole:
+                ids.append(enc.encode_single_token(part))
+                continue
+            for piece in pieces(part):
+                ids += tiktoken.Encoding.encode_ordinary(enc, piece)
+    return ids
 
 
 def encode(enc, text):
@@ -275,8 +376,9 @@ def encode(enc, text):
     if not isinstance(text, str):
         return text  # token files hold ids already
     kind = np.uint16 if vocab_size(enc) <= 1 << 16 else np.uint32
+    cut = [text] if getattr(enc, "whole", ()) else pieces(text)
     with ThreadPoolExecutor() as pool:
-        ids = pool.map(lambda piece: np.array(enc.encode_ordinary(piece), kind), pieces(text))
+        ids = pool.map(lambda piece: np.array(spell(enc, piece), kind), cut)
         return np.concatenate([np.empty(0, kind), *ids])
 
 
@@ -296,6 +398,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import command
-
     command.demo(main, __doc__)

@@ -110,8 +110,10 @@ TRAINER = trainer()
 @pytest.mark.parametrize(
     "spec,text,why",
     [
-        ("bpe:256", "a", "from 257 up"),
-        ("bpe:many", "a", "from 257 up"),
+        ("bpe:256", "a", "needs a number from 257"),
+        ("bpe:99999999999999", "a", "needs a number from 257"),
+        ("bpe:²", "a", "needs a number from 257"),
+        ("bpe:many", "a", "needs a number from 257"),
         ("bpe:300", None, "text to learn from"),
         ("bpe:300", np.arange(9), "text to learn from"),
         (
@@ -256,8 +258,18 @@ def test_ids_are_those_of_the_file(tmp_path):
         ),
         ("leaves characters out", dict(pre_tokenizer={"pretokenizers": [split(r"\p{L}+"), LAST]})),
         (
-            "added token '  ' cuts plain text",
-            dict(added_tokens=[{"id": 300, "content": "  ", "special": False}]),
+            "added token '<x>' has lstrip",
+            dict(added_tokens=[{"id": 300, "content": "<x>", "special": False, "lstrip": True}]),
+        ),
+        ("its post-processor is BertProcessing", dict(post_processor={"type": "BertProcessing"})),
+        (
+            "adds tokens behind the text",
+            dict(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}],
+                }
+            ),
         ),
         ("token '▁a' is not in ByteLevel's alphabet", dict(model__vocab={"▁a": 0})),
         ("some single bytes have no id", dict(model__vocab={"a": 0})),
@@ -271,7 +283,7 @@ def test_ids_are_those_of_the_file(tmp_path):
     ],
 )
 def test_what_a_table_cannot_say_is_refused(why, changes, tmp_path):
-    with pytest.raises(ValueError, match="does not fit") as e:
+    with pytest.raises(ValueError, match="does not fit|leaves characters out") as e:
         load(tmp_path, hugging_face(**changes))
     assert why in str(e.value)
 
@@ -358,6 +370,107 @@ def test_nemotron_is_found_or_explained(tmp_path, monkeypatch):
 def test_other_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tekken.json or pack: it starts with \['model', 'a'\]"):
         load(tmp_path, {"model": 7, "a": 1})  # a GPT-2 vocab.json has such words
+
+
+# ---- what surrounds the table: a beginning, added tokens, long runs, malformed files
+
+
+def written(tmp_path, added=(), begin=()):
+    """A tokenizer.json by Hugging Face's own trainer, and their reading of it."""
+    hf = pytest.importorskip("tokenizers", reason="tokenizers, the outside oracle")
+    their = hf.Tokenizer(hf.models.BPE())
+    their.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    their.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=320,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    their.train_from_iterator(["think about it, then answer " * 30], trainer)
+    their.add_tokens([hf.AddedToken(s, special=False, normalized=False) for s in added])
+    template = hf.processors.TemplateProcessing(
+        single=" ".join([*begin, "$A"]), special_tokens=[(s, their.token_to_id(s)) for s in begin]
+    )
+    if begin:
+        their.post_processor = hf.processors.Sequence([hf.processors.ByteLevel(), template])
+    their.save(str(tmp_path / "tokenizer.json"))
+    return hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("begin", [(), ("<s>",), ("</s>", "<s>")], ids=str)
+@pytest.mark.parametrize("added", [(), ("<think>", "</think>"), ("  ", "<a>", "<a><b>")], ids=str)
+def test_a_beginning_and_added_tokens_are_theirs(tmp_path, begin, added):
+    their, enc = written(tmp_path, added, begin)
+    for text in ("think", "<think>about  it</think> then", "<a><a><b> <b>   x", "", "  <think>"):
+        assert enc.encode_ordinary(text) == their.encode(text).ids, text
+        assert encode(enc, text).tolist() == their.encode(text, add_special_tokens=False).ids
+    again = unpack(pack(enc))
+    assert (again.begin, again.whole) == (enc.begin, enc.whole) and pack(again) == pack(enc)
+    assert again.encode_ordinary("<think>a") == enc.encode_ordinary("<think>a")
+    assert int(token_bytes(enc).sum()) == sum(map(len, enc._mergeable_ranks)) + sum(map(len, added))
+
+
+@pytest.mark.parametrize("run", [" ", "\t\n", "a"], ids=repr)
+@pytest.mark.parametrize("pattern", [WORDS, GPT2_WORDS, TEKKEN], ids=["ours", "gpt2", "tekken"])
+def test_a_long_run_is_spelled_in_seconds(pattern, run):
+    enc = tiktoken.Encoding(
+        "x", pat_str=pattern, mergeable_ranks=BPE._mergeable_ranks, special_tokens={}
+    )
+    text = "x" + run * (1_100_000 // len(run)) + "end\n"
+    assert enc.decode(encode(enc, text).tolist()) == text
+
+
+def test_an_expression_that_panics_is_a_value_error(tmp_path):
+    """Lookahead without end: fancy-regex gives up, and tiktoken panics."""
+    pack_ = pack(BYTES) | dict(pattern=r"(?:a|a)+(?=b)|(?s:.)")
+    with pytest.raises(ValueError, match="its regular expression fails"):
+        unpack(pack_).encode_ordinary("a" * 4000)
+
+
+def broken_files():
+    """Malformed in every way that a field can be: missing, null, of another kind, out of range."""
+    one = base64.b64encode(b"a").decode()
+    packed, theirs = pack(BYTES), hugging_face()
+    mistral = dict(
+        config=dict(pattern="(?s:.)", default_num_special_tokens=1, default_vocab_size=257),
+        vocab=[dict(rank=i, token_bytes=base64.b64encode(bytes([i])).decode()) for i in range(256)],
+    )
+    odd = (None, 7, -1, 1.5, "x", [], {}, [None], [7], {"a": None}, {"a": "b"}, {"": 3}, True)
+    for name, good in (("pack", packed), ("hf", theirs), ("tekken", mistral)):
+        for key in good:
+            yield f"{name} without {key}", {k: v for k, v in good.items() if k != key}
+            for x in odd:
+                yield f"{name} {key}={x!r}", good | {key: x}
+    for where, inner in (("model", "vocab"), ("model", "merges"), ("model", "type")):
+        for x in odd:
+            yield f"hf {where}.{inner}={x!r}", theirs | {where: theirs[where] | {inner: x}}
+    for inner in mistral["config"]:
+        for x in odd:
+            yield f"tekken {inner}={x!r}", mistral | dict(config=mistral["config"] | {inner: x})
+    yield "two entries, one id", packed | dict(ranks=packed["ranks"] | {"YWE=": 3})
+    yield "bytes lacking", packed | dict(ranks={one: 0})
+    yield "a huge id", packed | dict(special={"<x>": 10**30})
+    yield "no regex", packed | dict(pattern="(")
+
+
+def test_every_malformed_file_is_refused_by_name_or_read(tmp_path):
+    """A sentence that names the file, or (where the field does not matter) the ids of the whole one."""
+    path, refused = tmp_path / "odd.json", 0
+    for what, content in broken_files():
+        path.write_text(json.dumps(content), "utf-8")
+        try:
+            enc = tokenizer(str(path))
+        except ValueError as e:
+            refused += 1
+            assert "odd.json" in str(e) and "\n" not in str(e).strip()[:200], what
+        else:
+            assert enc.decode(encode(enc, "hello 1").tolist()) == "hello 1", what
+    assert refused > 100
+    for raw in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model":{"type":"BPE","vo', b"[" * 9999):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="odd.json"):
+            tokenizer(str(path))
 
 
 def test_this_file_can_fail():
