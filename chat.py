@@ -34,8 +34,9 @@ import json
 import re
 from typing import NamedTuple
 
-import tiktoken
 import torch
+
+import tokenizer
 
 START, END = "<|im_start|>", "<|im_end|>"
 THINK, ENOUGH = "<think>", "</think>"
@@ -349,12 +350,8 @@ def with_special(enc):
     new = {s: size + i for i, s in enumerate(s for s in SPECIAL if s not in there)}
     if not new:
         return enc
-    return tiktoken.Encoding(
-        enc.name,
-        pat_str=enc._pat_str,
-        mergeable_ranks=enc._mergeable_ranks,
-        special_tokens={**there, **new},
-    )
+    again = tokenizer.pack(enc)
+    return tokenizer.unpack(again | dict(special={**there, **new}))
 
 
 def encode(enc, said):
@@ -366,7 +363,7 @@ def encode(enc, said):
         raise ValueError(f"the tokenizer {enc.name} has no special token {missing[0]}")
 
     def close():
-        new = enc.encode_ordinary(run)
+        new = tokenizer.spell(enc, run)
         return new, [owner] * len(new)
 
     for part in [*said, Part("", True)]:
@@ -411,14 +408,7 @@ def main():
     for document in documents(talk):
         print("".join(f">{p.text}<" if p.learned else p.text for p in parts(document)))
     print(reply("Ask.\n</think>\n<tool_call>\n<function=f>\n</function>\n</tool_call>"))
-    enc = with_special(
-        tiktoken.Encoding(
-            "bytes",
-            pat_str="(?s:.)",
-            special_tokens={},
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-        )
-    )
+    enc = with_special(tokenizer.tokenizer("bytes"))
     ids, _ = encode(enc, parts(talk))
     print(
         f"turns: {ids.count(enc._special_tokens[START])}; <|im_end|> as a token: "
@@ -427,4 +417,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Any of them may import command.py: it says what a program is, and nothing of the model.
 HOUSE = {
     "attention": (),
-    "chat": (),
     "checkpoint": (),
     "command": (),
     "config": ("family",),
@@ -24,6 +23,7 @@ HOUSE = {
     "mtp": (),
     "nvfp4": (),
     "tokenizer": (),
+    "chat": ("tokenizer",),
     "data": ("tokenizer",),
     "decode": ("mtp",),
     "model": ("attention", "config", "latent_moe", "mamba", "mtp"),
@@ -153,7 +153,6 @@ BESIDES = {
     "tokenizer": {"numpy", "tiktoken"},
     "plot": {"matplotlib"},
     "post.picture": {"matplotlib"},
-    "chat": {"tiktoken"},
     "hf": {"safetensors"},
 }
 
