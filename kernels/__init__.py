@@ -35,7 +35,8 @@ def on_gpu(what, *tensors):
     for v in tensors:
         if v.device != here:
             raise ValueError(
-                f"{what} with fast=True needs its tensors on {here}, the current GPU, not on {v.device}"
+                f"{what} with fast=True needs its tensors on {here}, the current GPU, not on "
+                f"{v.device}"
             )
 
 

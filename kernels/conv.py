@@ -2,11 +2,14 @@
 conv: every channel filters its own last k numbers, then SiLU. mamba.causal_conv, same signature,
 same numbers.
 
-    c_t = bias + sum over i < k of w_i x_{t-k+1+i}         y_t = silu(c_t)        x_{-k+1} ... x_{-1}: the window
+    c_t = bias + sum over i < k of w_i x_{t-k+1+i}       x_{-k+1} ... x_{-1}: the window
+    y_t = silu(c_t)
 
 Backward: every output saw k inputs, so every input gets from k outputs, itself and the k-1 after
 it:
-    d_t  = dy_t silu'(c_t)      dx_s = sum over j < k of w_{k-1-j} d_{s+j}      dw_i = sum over t of d_t x_{t-k+1+i}
+    d_t  = dy_t silu'(c_t)
+    dx_s = sum over j < k of w_{k-1-j} d_{s+j}
+    dw_i = sum over t of d_t x_{t-k+1+i}
 
 grid     forward (w / 128, t / 32, b); backward (w / 128, t / 256, b), walking 16 tokens at a time
 traffic  forward reads x and writes y: 336 MB at 8192 tokens of Super in bf16, the minimum; the k
@@ -208,7 +211,7 @@ def conv(x, weight, bias, window=None):
     """mamba.causal_conv: y (b, t, w), and the padded input, or None while gradients are recorded:
     nobody reads it then.
 
-    x (b, t, w)   weight (w, 1, k)   bias (w,) or None   window (b, k-1, w): the inputs just before x, or None
+    x (b, t, w)   weight (w, 1, k)   bias (w,) or None   window (b, k-1, w) or None: the past
     """
     on_gpu("the convolution", x, weight, bias, window)
     k = weight.shape[-1]

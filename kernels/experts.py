@@ -4,9 +4,9 @@ numbers.
 
 Sort the m*k (token, expert) slots by expert. Slot r belongs to token t(r), expert e(r), weight p_r:
 
-    hid_r = relu(W_up,e c_t)^2        _grouped: rows gathered by token, relu^2 before anything is stored
-    out_r = W_down,e hid_r            _grouped: rows already lie by expert
-    r_t   = sum over t's slots p_r out_r      _combine: a token collects its k rows, in the order of its picks
+    hid_r = relu(W_up,e c_t)^2              _grouped: rows gathered by token, relu^2 at once
+    out_r = W_down,e hid_r                  _grouped: rows already lie by expert
+    r_t   = sum over t's slots p_r out_r    _combine: a token collects its k rows, as it picked them
 
 Backward, with y = dr. The activation is its own note, relu(h) = sqrt(hid), and `out` is not needed
 at all:
@@ -14,7 +14,8 @@ at all:
     dp_r  = z_r . hid_r               in its epilogue: p_r y . W_down hid = p_r z . hid
     dh_r  = 2 sqrt(hid_r) p_r z_r     in its epilogue
     dc_t  = sum of W_up,e^T dh_r      _grouped, then _combine without weights
-    dW_up,e = sum dh_r c_t^T          dW_down,e = sum p_r y_t hid_r^T        _weights, rows of one expert in a loop
+    dW_up,e   = sum dh_r c_t^T        _weights, the rows of one expert in a loop
+    dW_down,e = sum p_r y_t hid_r^T   the same
 
 grid     _grouped (row tiles x column tiles): a tile of rows has one expert; 8 tiles share a column
          of weights
@@ -199,7 +200,7 @@ def route(pick, E, BM):
     """The slots in order of their experts, and which row tile is whose. Nothing here waits for the
     GPU.
 
-    -> order (m*k,) slots by expert   where (m*k,) its inverse   ends (E,) past each expert's last row
+    -> order (m*k,) slots by expert   where (m*k,) its inverse   ends (E,) past an expert's last row
        expert, row (tiles,): a tile's expert (E: no tile) and first row
     """
     by, order = pick.flatten().sort(stable=True)
@@ -312,7 +313,9 @@ def combine(x, where, gate, out, k):
 
 
 def experts(c, pick, gate, up, down):
-    """latent_moe.Experts: c (m, l), pick and gate (m, k), up (E, f, l), down (E, l, f) -> (m, l)."""
+    """latent_moe.Experts: c (m, l), pick and gate (m, k), up (E, f, l), down (E, l, f) -> (m,
+    l).
+    """
     on_gpu("experts", c, pick, gate, up, down)
     (m, k), (E, f, l) = pick.shape, up.shape
     if torch.is_autocast_enabled(c.device.type):
@@ -326,7 +329,8 @@ def experts(c, pick, gate, up, down):
         )
     if m * k >= 2**31:
         raise ValueError(
-            f"experts with fast=True numbers slots in 32 bits: {m:,} tokens of {k} experts are too many"
+            f"experts with fast=True numbers slots in 32 bits: {m:,} tokens of {k} experts "
+            f"are too many"
         )
     c, up, down = c.contiguous(), up.to(c.dtype).contiguous(), down.to(c.dtype).contiguous()
     return Routed.apply(c, pick, gate.contiguous(), up, down)

@@ -2,10 +2,12 @@
 fp4: quantising, and products with four-bit operands. nvfp4.quantize, same bits; nvfp4.QuantizedMM,
 same sums.
 
-    s = E4M3(amax_b S/6)    q = E2M1(x / (s/S))    S = 2688/amax          D = alpha sum over blocks s_a s_b (q_a . q_b)
+    S = 2688/amax    s = E4M3(amax_b S/6)    q = E2M1(x / (s/S))
+    D = alpha sum over blocks s_a s_b (q_a . q_b)
 
-grid     _amax, _quantize (m / 32, k / 128)   _gemm (m / BM + E, n / BN), for dw (o / BM, i / BN, E): every expert's
-         rows are tiles of their own, so the last one of each is part empty.   _decode (n / BN)
+grid     _amax, _quantize (m / 32, k / 128)   _decode (n / BN)
+         _gemm (m / BM + E, n / BN), for dw (o / BM, i / BN, E): every expert's rows are tiles of
+         their own, so the last one of each is part empty
 traffic  _quantize reads x once and writes 4.5 bits a number: 86 MB for [8192, 4096] in bf16. The
          amax of a block is in
          the tile, that of the tensor is not: _amax reads x first, rotated on the way, 67 MB more. x

@@ -4,8 +4,9 @@ the logits.
 
 With v words, logits are by far the largest thing a model makes, and only their sums are wanted:
 
-    z = W h        nll = mask (log sum_j exp z_j - z_target)        dz_j = mask (exp z_j / sum - [j = target])
-    dh = W^T dz    dW = sum over rows dz h^T
+    z  = W h        nll  = mask (log sum_j exp z_j - z_target)
+                    dz_j = mask (exp z_j / sum - [j = target])
+    dh = W^T dz     dW   = sum over rows dz h^T
 
 So take `rows` rows: three matrix products, which cuBLAS does as well as anyone, and between the
 first and the others one kernel that reads z twice, puts dz where z was, and keeps a number a row.
@@ -67,7 +68,7 @@ class LinearNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, mask, rows, dtype):
-        (m, d), v, grad = h.shape, len(weight), ctx.needs_input_grad[:2]
+        m, v, grad = len(h), len(weight), ctx.needs_input_grad[:2]
         w, each = weight.to(dtype), h.new_empty(m, dtype=torch.float32)
         dh = torch.empty_like(h) if grad[0] else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if grad[1] else None
@@ -109,7 +110,9 @@ class LinearNLL(torch.autograd.Function):
 
 
 def linear_nll(h, weight, targets, mask, rows=2048):
-    """mtp.nll(F.linear(h, weight), targets, mask), fp32.   h (b, t, d), weight (v, d), targets, mask (b, t)"""
+    """mtp.nll(F.linear(h, weight), targets, mask), fp32.   h (b, t, d), weight (v, d), targets,
+    mask (b, t)
+    """
     on_gpu("linear_nll", h, weight, targets, mask)
     auto = torch.is_autocast_enabled(h.device.type)
     dtype = (

@@ -4,7 +4,8 @@ norm: the gate and the RMSNorm of each group in one pass. mamba.GatedNorm's forw
     v = y silu(z)      r = 1 / sqrt(mean of v^2 over the group + eps)      out = w v r
 
 Backward, with o = d out and k = v r, the normalised value:
-    dv = r (w o - k mean(w o k))      dy = dv silu(z)      dz = dv y silu'(z)      dw = sum over tokens of o k
+    dv = r (w o - k mean(w o k))      dw = sum over tokens of o k
+    dy = dv silu(z)                   dz = dv y silu'(z)
 
 grid     forward (tokens, g): one group of one token, e/g numbers (1024 in Super), is one program's
          registers

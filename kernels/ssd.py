@@ -14,12 +14,13 @@ chunk and c_Q its last:
     S    = 2^(c_Q) S + sum_r 2^(c_Q - c_r) dt_r x_r B_r^T             carry
 
 Backward, with Y = dy and G the gradient of S at the chunk's end:
-    e_r  = sum_q (C_q . B_r) 2^(c_q - c_r) y_q + 2^(c_Q - c_r) G B_r  dx = dt e + D y, direct ddt = e . x
+    e_r  = sum_q (C_q . B_r) 2^(c_q - c_r) y_q + 2^(c_Q - c_r) G B_r  dx = dt e + D y, ddt = e . x
     G    = 2^(c_Q) G + sum_q 2^(c_q) y_q C_q^T                        the same walk, from the right
-    dc_q = what q reads less what q wrote;  da_q = sum of dc from q on, plus what the end owes;  ddt += A da
+    dc_q = what q reads less what q wrote
+    da_q = sum of dc from q on, plus what the end owes                ddt += A da
 
 grid     _scan (h, segments, b)   _states (p/BP, h, b) left to right for S, right to left for G
-         _dx (chunks, h, b)       _dbc (chunks, g, b): loops over its h/g heads, so dB and dC need no atomics
+         _dx (chunks, h, b)       _dbc (chunks, g, b): loops over its h/g heads: no atomics
          _step (p/BP, h, b): a few tokens, state in, state out, or every state on the way
 traffic  forward, Super, 8192 tokens, bf16: x and y 134 MB each, B and C 17 each, dt 4: 306 MB, the
          minimum, in
@@ -52,7 +53,9 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E)
 
 @triton.jit
 def _fade(DT, row, a, T, t0, H, q):
-    """dt of a chunk, 0 past the end; c, the base-2 log of what is left of its start; c at its end."""
+    """dt of a chunk, 0 past the end; c, the base-2 log of what is left of its start; c at its
+    end.
+    """
     dt = tl.load(DT + row + q * H, mask=t0 + q < T, other=0.0)
     return dt, tl.cumsum(dt * a, 0), tl.sum(dt * a, 0)
 
@@ -85,7 +88,7 @@ def _states(
     """
     hs, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, s = hs % H, hs // H  # head, segment
-    G, segments = H // R, tl.num_programs(1) // H
+    segments = tl.num_programs(1) // H
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.program_id(0) * BP + tl.arange(0, BP)
     tile = p[None, :] * N + n[:, None]  # S is (p, n) in memory, (n, p) here
     a, total, chunks = tl.load(A + h) * LOG2E, 0.0, tl.cdiv(tl.minimum(SEG, T - s * SEG), Q)
@@ -340,7 +343,8 @@ def prepare(x, dt, A, B, C, D, state):
     on_gpu("ssd", x, dt, A, B, C, D, state)
     if {p, n} - {16, 32, 64, 128}:
         raise ValueError(
-            f"ssd with fast=True takes a head dim and a state size of 16, 32, 64 or 128, not {p} and {n}"
+            f"ssd with fast=True takes a head dim and a state size of 16, 32, 64 or 128, not "
+            f"{p} and {n}"
         )
     if not x.dtype == B.dtype == C.dtype or x.dtype not in (
         torch.float32,

@@ -68,7 +68,9 @@ def prepare(model, skew):
 
 
 def targets(how):
-    """Which tokens are to be predicted, (batch, length + 1): all, or few in front and many behind."""
+    """Which tokens are to be predicted, (batch, length + 1): all, or few in front and many
+    behind.
+    """
     some = torch.ones(RUN.batch, RUN.length + 1, dtype=torch.long)
     if how == "uneven":
         some[0, 6:], some[1], some[3, 21:] = 0, 0, 0

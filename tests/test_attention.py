@@ -118,7 +118,9 @@ def test_attention_layer_is_its_equation():
 
 
 def turned(x, first, base):
-    """One number at a time: the pair (i, i + e/2) is a complex number, times exp(i n base^(-2i/e))."""
+    """One number at a time: the pair (i, i + e/2) is a complex number, times exp(i n
+    base^(-2i/e)).
+    """
     (b, h, t, e), y = x.shape, torch.empty_like(x)
     for row in range(b):
         for n in range(t):
@@ -192,7 +194,7 @@ def test_rotary_positions_from_a_cache():
     for fix in (False, True):
         if fix:
             cache.fix(64)
-        for step in range(3):
+        for _step in range(3):
             at = cache.length.clone()
             new = u[torch.arange(3), at][:, None]
             assert rms(layer(new, cache)[:, 0], whole[torch.arange(3), at]) <= 1e-12

@@ -85,7 +85,8 @@ def at(point, size):
     if point == "before fsync": checkpoint.os.fsync = die
     if point == "before rename": checkpoint.os.replace = die
     if point == "after rename": checkpoint.os.replace = lambda a, b: (real[0](a, b), die())
-    if point == "before removing": pathlib.Path.unlink = lambda p, **kw: die() if p.suffix == ".pt" else real[2](p, **kw)
+    if point == "before removing":
+        pathlib.Path.unlink = lambda p, **kw: die() if p.suffix == ".pt" else real[2](p, **kw)
 
 def attempt(folder, size, keep, point):
     begin = 1 + max([checkpoint.number(p) for p in checkpoint.steps(folder)], default=0)
@@ -107,7 +108,8 @@ def attempt(folder, size, keep, point):
         said += more
     os.close(hear)
     saved = checkpoint.read(folder)
-    report.append(dict(point=point or "anywhere", returned=int(said.split()[-1]), newest=saved["step"], whole=whole(saved),
+    report.append(dict(point=point or "anywhere", returned=int(said.split()[-1]),
+                       newest=saved["step"], whole=whole(saved),
                        all_whole=all(whole(checkpoint.read(p)) for p in checkpoint.steps(folder)),
                        steps=[checkpoint.number(p) for p in checkpoint.steps(folder)],
                        left=len(list((folder / "ckpt").glob("*.tmp")))))
@@ -120,7 +122,8 @@ for size, tries in ((20, 10), (5_000_000, 10)):                       # 5 millio
     took[size] = time.perf_counter() - start
     for _ in range(tries):
         attempt(folder, size, 2, None)
-for point in ("before the bytes", "half of the bytes", "before fsync", "before rename", "after rename", "before removing"):
+for point in ("before the bytes", "half of the bytes", "before fsync", "before rename",
+              "after rename", "before removing"):
     attempt(pathlib.Path(sys.argv[3]) / point.replace(" ", "-"), 50_000, 2, point)
 print(json.dumps(report))
 """

@@ -1,5 +1,7 @@
 """
-The kernels on a CUDA GPU, at Super's sizes, against the readable forms in fp64.   python -m pytest -m gpu
+The kernels on a CUDA GPU, at Super's sizes, against the readable forms in fp64.
+
+    python -m pytest -m gpu
 
 Lengths are ragged, one of each kind reaches past 2^31 numbers in one tensor, and inputs are slices
 of rows as wide as the model's in_proj leaves them (18,560). Needs 60 GB of GPU memory, 80 for the

@@ -284,15 +284,18 @@ def test_this_file_can_fail(world):
 # The released names
 
 M = """norm.weight [4096]  mixer.in_proj.weight [18560,4096]  mixer.conv1d.weight [10240,1,4]
-    mixer.conv1d.bias [10240]  mixer.A_log [128]  mixer.D [128]  mixer.dt_bias [128]  mixer.norm.weight [8192]
+    mixer.conv1d.bias [10240]  mixer.A_log [128]  mixer.D [128]  mixer.dt_bias [128]
+    mixer.norm.weight [8192]
     mixer.out_proj.weight [4096,8192]"""
 A = """norm.weight [4096]  mixer.q_proj.weight [4096,4096]  mixer.k_proj.weight [256,4096]
     mixer.v_proj.weight [256,4096]  mixer.o_proj.weight [4096,4096]"""
 E = """norm.weight [4096]  mixer.gate.weight [512,4096]  mixer.gate.e_score_correction_bias [512]
     mixer.fc1_latent_proj.weight [1024,4096]  mixer.fc2_latent_proj.weight [4096,1024]
-    mixer.shared_experts.up_proj.weight [5376,4096]  mixer.shared_experts.down_proj.weight [4096,5376]"""
+    mixer.shared_experts.up_proj.weight [5376,4096]
+    mixer.shared_experts.down_proj.weight [4096,5376]"""
 E += "".join(
-    f"  mixer.experts.{e}.up_proj.weight [2688,1024]  mixer.experts.{e}.down_proj.weight [1024,2688]"
+    f"  mixer.experts.{e}.up_proj.weight [2688,1024]  mixer.experts.{e}.down_proj.weight "
+    f"[1024,2688]"
     for e in range(512)
 )
 ATTENTION = 7, 16, 25, 36, 47, 58, 69, 78
@@ -457,7 +460,7 @@ def test_both_spellings(saved, tmp_path):
             t[name.replace(".experts.0.", ".experts.").removesuffix(".weight")] = torch.stack(rows)
 
     rename = lambda t: {n.replace("backbone.", "model.", 1): v for n, v in t.items()}
-    for i, change in enumerate((stack, rename)):
+    for _i, change in enumerate((stack, rename)):
         edit(saved, change)
         assert same(hf.load(saved), model)
     assert [n for n in load_file(saved / hf.SINGLE) if n.startswith("model.")]
@@ -576,7 +579,8 @@ def test_tensors_that_do_not_fit_are_all_named(saved, change, words):
                 x__weight_scale=torch.zeros(4).to(torch.float8_e4m3fn),
             ),
             {},
-            "quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds F32, F8_E4M3, U8)",
+            "quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds F32, "
+            "F8_E4M3, U8)",
         ),
         (lambda t: None, dict(time_step_limit=[0.01, 1.0]), "time_step_limit"),
         (
@@ -647,20 +651,32 @@ def test_two_models_in_one_directory(saved):
 # config.json, of both generations
 
 RELEASED = json.loads("""{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h",
-    "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
     "vocab_size": 131072, "hidden_size": 4096, "num_hidden_layers": 88, "hybrid_override_pattern":
-    "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME", "hidden_dropout": 0.0,
-    "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 262144,
-    "partial_rotary_factor": 1.0, "rope_theta": 10000, "sliding_window": null, "tie_word_embeddings": false,
-    "mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4,
-    "chunk_size": 128, "expand": 2, "mamba_hidden_act": "silu", "mamba_proj_bias": false, "use_conv_bias": true,
-    "use_bias": false, "mlp_bias": false, "time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 0.0001,
+    "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    "hidden_dropout": 0.0,
+    "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "partial_rotary_factor": 1.0, "rope_theta": 10000, "sliding_window": null,
+    "tie_word_embeddings": false,
+    "mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 128, "expand": 2, "mamba_hidden_act": "silu", "mamba_proj_bias": false,
+    "use_conv_bias": true,
+    "use_bias": false, "mlp_bias": false, "time_step_min": 0.001, "time_step_max": 0.1,
+    "time_step_floor": 0.0001,
     "mamba_ssm_cache_dtype": "float32", "intermediate_size": 2688, "mlp_hidden_act": "relu2",
-    "moe_intermediate_size": 2688, "moe_latent_size": 1024, "moe_shared_expert_intermediate_size": 5376,
-    "moe_shared_expert_overlap": false, "n_routed_experts": 512, "n_shared_experts": 1, "num_experts_per_tok": 22,
-    "norm_topk_prob": true, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 5.0, "initializer_range": 0.02,
-    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", "layer_norm_epsilon": 1e-05, "norm_eps": 1e-05,
-    "rescale_prenorm_residual": true, "residual_in_fp32": false, "num_logits_to_keep": 1, "use_cache": true,
+    "moe_intermediate_size": 2688, "moe_latent_size": 1024,
+    "moe_shared_expert_intermediate_size": 5376,
+    "moe_shared_expert_overlap": false, "n_routed_experts": 512, "n_shared_experts": 1,
+    "num_experts_per_tok": 22,
+    "norm_topk_prob": true, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 5.0,
+    "initializer_range": 0.02,
+    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+    "layer_norm_epsilon": 1e-05, "norm_eps": 1e-05,
+    "rescale_prenorm_residual": true, "residual_in_fp32": false, "num_logits_to_keep": 1,
+    "use_cache": true,
     "use_mamba_kernels": true, "dtype": "bfloat16", "transformers_version": "4.57.6"}""")
 
 
@@ -698,7 +714,8 @@ HOG = """
 import json, re, sys, torch
 import hf
 from safetensors.torch import load_file
-peak = lambda what: int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+status = lambda: open("/proc/self/status").read()
+peak = lambda what: int(re.search(what + r":\\s+(\\d+)", status())[1]) * 1024
 old, new = sys.argv[1:]
 hf.census(hf.Config.preset("toy")), torch.ones(1000).to(torch.bfloat16)
 out = [peak("VmHWM")]
@@ -707,7 +724,8 @@ out.append(peak("VmHWM"))
 hf.save(model, new, shard_bytes=5e7)
 out.append(peak("VmHWM"))
 tensors = load_file(old + "/model.safetensors")                              # the way not to do it
-model.load_state_dict(model.state_dict() | {n: t + 0 for n, t in tensors.items() if n in model.state_dict()})
+mine = model.state_dict()
+model.load_state_dict(mine | {n: t + 0 for n, t in tensors.items() if n in mine})
 out.append(peak("VmHWM"))
 print(json.dumps(out))
 """
@@ -740,7 +758,8 @@ def test_there_are_never_two_copies(tmp_path):
     before, loaded, saved, careless = json.loads(run.stdout)
     print(
         f"\nmodel {size / 1e6:.0f} MB; peak grew by {(loaded - before) / 1e6:.0f} MB in load, by "
-        f"{(saved - loaded) / 1e6:.0f} MB more in save, by {(careless - saved) / 1e6:.0f} MB more the careless way"
+        f"{(saved - loaded) / 1e6:.0f} MB more in save, by {(careless - saved) / 1e6:.0f} MB "
+        f"more the careless way"
     )
     assert size > 2e8 and loaded - before < 1.35 * size  # one copy, and about 32 MB of the file
     assert saved - loaded < 0.1 * size

@@ -6,8 +6,8 @@ Triton decides at import whether it interprets or compiles, so neither can happe
 Each file of tests/interpreted and each list of tests/compiled runs in one of its own, and fails
 here with what it printed:
 
-    python -m pytest tests/interpreted         numbers: every kernel against fp64, every address checked
-    python tests/compiled/aot.py               registers, spills, shared memory, instructions on A100, H100, B200
+    python -m pytest tests/interpreted    numbers: every kernel against fp64, every address checked
+    python tests/compiled/aot.py          registers, spills, instructions on A100, H100, B200
 """
 
 import ast
@@ -94,7 +94,9 @@ def test_a_kernel_file_is_a_lesson(name):
 
 
 def test_asking_for_what_cannot_run_says_why():
-    """No Triton: one sentence at the import. No GPU: one sentence at the call. Never another path."""
+    """No Triton: one sentence at the import. No GPU: one sentence at the call. Never another
+    path.
+    """
     hidden = "u.find_spec = lambda n, *a: None if n == 'triton' else f(n, *a); import kernels"
     done = run("-c", "import importlib.util as u; f = u.find_spec; " + hidden)
     assert done.returncode and "fast=True needs the package triton" in done.stdout.splitlines()[-1]
@@ -118,7 +120,8 @@ import aot, triton, triton.language as tl
 def copy(X, OUT, n, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(OUT + i, tl.load(X + i, i < n, 0), i < n)
-row = aot.Row(copy, "a copy", dict(X="*fp32", OUT="*fp32", n="i32"), dict(N=1024), wants={{90: "wgmma"}}, cards=(90,))
+types = dict(X="*fp32", OUT="*fp32", n="i32")
+row = aot.Row(copy, "a copy", types, dict(N=1024), wants={{90: "wgmma"}}, cards=(90,))
 made = aot.make(row, 90)
 made.stack, made.shared = 8, 1 << 20
 print(*aot.faults(row, 90, made), sep="\\n")

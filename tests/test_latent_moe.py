@@ -304,7 +304,9 @@ def test_projections_run_once_and_in_the_latent():
 
 
 def test_the_exchange_seam():
-    """Tokens leave as (rows sorted by expert, how many for each), and must come back in that order."""
+    """Tokens leave as (rows sorted by expert, how many for each), and must come back in that
+    order.
+    """
     moe, u = build(experts=8, k=3), tokens(2, 5)
     want, calls = moe(u), []
 

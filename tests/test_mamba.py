@@ -54,7 +54,9 @@ def inputs(t, g, h=8, p=3, n=5, b=2, seed=0, dt=(1e-3, 1.0)):
 
 
 def with_grads(form, args, seed=1):
-    """Outputs, and the gradients of a random reading of both of them with respect to every input."""
+    """Outputs, and the gradients of a random reading of both of them with respect to every
+    input.
+    """
     args = [v.clone().requires_grad_() for v in args]
     y, S = form(*args)
     r = torch.Generator().manual_seed(seed)

@@ -188,8 +188,8 @@ def test_export_is_model_optimizers(name):
 
 
 def test_the_sweep_over_scales_breaks_ties_as_model_optimizers_does():
-    """Ten inputs, in most of them blocks of one loud number, which two scales fit equally well. With
-    the scale rounded once, as two's multiple, some of these blocks take the other."""
+    """Ten inputs, in most of them blocks of one loud number, which two scales fit equally well.
+    With the scale rounded once, as two's multiple, some of these blocks take the other."""
     other = 0
     for name in sorted({k.split("/")[0] for k in MSE}):
         x = MSE[f"{name}/x"]
@@ -275,8 +275,9 @@ def test_stochastic_rounding_has_the_right_mean():
     assert draws.any(1)[x != 0].all()
 
 
-def product(x, w, recipe=Recipe(), count=None, seed=0):
+def product(x, w, recipe=None, count=None, seed=0):
     torch.manual_seed(seed)
+    recipe = recipe or Recipe()
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     y = matmul(x, w, count, Operands(recipe))
     y.backward(R(*y.shape, seed=9))
@@ -436,7 +437,7 @@ def test_a_converted_model_is_the_same_model_with_other_products():
     lowbit.watch(model)
     for m in (model, plain):
         loss(m).backward()
-    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+    for (name, p), _q in zip(model.named_parameters(), plain.parameters()):
         if p.grad is not None:
             assert p.grad.dtype == torch.float32 and p.grad.isfinite().all(), name
     assert 0 < rms(model(ids), plain(ids)) < 0.2

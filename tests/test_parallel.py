@@ -99,7 +99,7 @@ def ranks(n, *cases):
     lines = torchrun(n, "tests/ranks.py", *cases, restarts=2).stdout.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     if again := max(r.pop("restarts") for r in found):
-        warnings.warn(f"a worker died, and all {n} were started over, {again} times")
+        warnings.warn(f"a worker died, and all {n} were started over, {again} times", stacklevel=2)
     return {r["case"]: r for r in found}
 
 

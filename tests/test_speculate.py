@@ -134,7 +134,9 @@ def chi_square(got, p):
 
 
 def wrong(drafts, q, p, generator=None):
-    """The tempting mistake: after a fall draw from p, not from what the standing drafts left out."""
+    """The tempting mistake: after a fall draw from p, not from what the standing drafts left
+    out.
+    """
     n, token = speculate.accept(drafts, q, p, generator)
     fresh = torch.multinomial(p[torch.arange(len(p)), n], 1, generator=generator)[:, 0]
     return n, fresh

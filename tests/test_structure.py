@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# file: what of ours it may import, lowest floor first; a file imports only from floors below its own.
+# file: what of ours it may import, lowest floor first; a file imports only from lower floors.
 # Any of them may import command.py: it says what a program is, and nothing of the model.
 HOUSE = {
     "attention": (),
@@ -336,11 +336,12 @@ IMPORT = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-how = lambda: (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
-               {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")},   # torch's own
-               os.getcwd(), sys.argv[:])
+torchs_own = ("GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR")
+how = lambda: (torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),
+               torch.is_grad_enabled(), os.getcwd(), sys.argv[:],
+               {k: v for k, v in os.environ.items() if k not in torchs_own})
 before = how()
-many = {name for name in sys.argv if name.startswith("scale.")}                                      # torch's FSDP imports triton by itself
+many = {name for name in sys.argv if name.startswith("scale.")}  # torch's FSDP imports triton
 for name in sorted(sys.argv[2:], key=many.__contains__):
     assert name in many or not {"triton", "transformers", "kernels"} & set(sys.modules)
     __import__(name)

@@ -292,7 +292,7 @@ def test_clipping_and_three_steps_of_adamw_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "optimiser", spy)
     r = run(tmp_path, steps=3, lr=0.02, weight_decay=0.5, clip=0.03)
     model, rows = train.fit(r, quiet)
-    for step, (g, row) in enumerate(zip(grads, rows)):
+    for _step, (g, row) in enumerate(zip(grads, rows)):
         assert row["grad_norm"] > 0.06  # logged as it was, ...
         norm = torch.cat([x.flatten() for x in g.values()]).norm()
         assert norm == pytest.approx(0.03, rel=1e-4)  # ... but the whole of it is clipped

@@ -1,5 +1,7 @@
 """
-Compiles kernels for GPUs that are not there, and prints what the compiler made.  python tests/compiled/aot.py ssd conv
+Compiles kernels for GPUs that are not there, and prints what the compiler made.
+
+    python tests/compiled/aot.py ssd conv
 
 Triton's wheel carries ptxas, cuobjdump and nvdisasm: registers, spills, shared memory and the
 instructions of a kernel can be read on any machine. Each kernel file has a list of rows beside this
@@ -79,7 +81,8 @@ def make(row, sm):
     names = row.kernel.arg_names
     if unknown := {*row.types, *row.consts} ^ set(names):
         raise ValueError(
-            f"{row.kernel.__name__} {row.what}: arguments without a type, or unknown: {sorted(unknown)}"
+            f"{row.kernel.__name__} {row.what}: arguments without a type, or unknown: "
+            f"{sorted(unknown)}"
         )
     types = {a: "constexpr" if a in row.consts else row.types[a] for a in names}
     aligned = {
@@ -119,7 +122,9 @@ def faults(row, sm, made):
     if made.stack > allowed:
         yield f"spills {made.stack} bytes a thread, {allowed} allowed"
     if made.shared > CARDS[sm][1] * 1024:
-        yield f"wants {made.shared} bytes of shared memory, {CARDS[sm][0]} has {CARDS[sm][1] * 1024}"
+        yield (
+            f"wants {made.shared} bytes of shared memory, {CARDS[sm][0]} has {CARDS[sm][1] * 1024}"
+        )
     if made.regs * threads > 65536:
         yield f"wants {made.regs * threads} registers, a multiprocessor has 65536"
     if sm in row.wants and row.wants[sm] not in made.found:
@@ -130,14 +135,16 @@ def report(rows):
     """Prints the table; returns the sentences of what failed."""
     bad = []
     print(
-        f"{'kernel':22} {'what':28} {'card':5} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>9}  instructions"
+        f"{'kernel':22} {'what':28} {'card':5} {'warps':>5} {'regs':>5} {'spill':>6} "
+        f"{'shared':>9}  instructions"
     )
     for row in rows:
         for sm in row.cards:
             made = make(row, sm)
             found = " ".join(f"{name} {n}" for name, n in made.found.items()) or "-"
             print(
-                f"{row.kernel.__name__:22} {row.what:28} {CARDS[sm][0]:5} {row.warps:5} {made.regs:5}"
+                f"{row.kernel.__name__:22} {row.what:28} {CARDS[sm][0]:5} {row.warps:5} "
+                f"{made.regs:5}"
                 f" {made.stack:4} B {made.shared / 1024:5.1f} KiB  {found}",
                 flush=True,
             )
@@ -155,7 +162,8 @@ def main(names):
     start = time.perf_counter()
     bad = report([row for name in names for row in importlib.import_module(name).ROWS])
     print(
-        f"{time.perf_counter() - start:.0f} s; registers and spills are per thread, shared memory per block"
+        f"{time.perf_counter() - start:.0f} s; registers and spills are per thread, shared "
+        f"memory per block"
     )
     for line in bad:
         print("FAULT", line)

@@ -10,7 +10,7 @@ from aot import Row
 from kernels.ssd import _dbc, _dx, _scan, _states, _step, tiles
 
 
-def rows(x, size, cards, wants={}, spill={}):
+def rows(x, size, cards, wants=None, spill=None):
     """x: the type of x, B, C, y and their gradients; the rest is fp32, sizes and strides are
     integers.
     """
@@ -44,8 +44,8 @@ def rows(x, size, cards, wants={}, spill={}):
             consts,
             launch["num_warps"],
             launch["num_stages"],
-            {} if kernel is _step else wants,
-            spill.get(kernel, 0),
+            {} if kernel is _step or not wants else wants,
+            (spill or {}).get(kernel, 0),
             ("T",),
             cards,
         )

@@ -1,5 +1,7 @@
 """
-Kernels in Triton's interpreter: python plays the GPU, on CPU tensors.  python -m pytest tests/interpreted
+Kernels in Triton's interpreter: python plays the GPU, on CPU tensors.
+
+    python -m pytest tests/interpreted
 
 Triton decides when it is imported whether it interprets, so these tests need a process of their
 own, and tests/test_kernels.py starts it. Before any kernel runs: the interpreter's arithmetic is
@@ -19,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 if "triton" in sys.modules:
     raise RuntimeError(
-        "triton was imported before tests/interpreted/conftest.py: run python -m pytest tests/interpreted"
+        "triton was imported before tests/interpreted/conftest.py: run python -m pytest "
+        "tests/interpreted"
     )
 import bounds
 import honest

@@ -6,7 +6,8 @@ Left alone it keeps bf16 as the integers of its bit patterns and multiplies, add
 the E4M3 scales of dot_scaled as powers of two. None of this raises. So around every operation on a
 small float:
 
-    up      bits -> fp32, exact                       down      fp32 -> bits, round to nearest even, by torch
+    up      bits -> fp32, exact
+    down    fp32 -> bits, round to nearest even, by torch
 
 which is what a tensor core does: products of bf16 are exact in fp32, sums are fp32, the result
 rounds once. TF32 is not modelled: kernels ask for input_precision="ieee". test_honest.py proves the

@@ -21,7 +21,9 @@ NAMES = ("y", "last", "dx", "ddt", "dA", "dB", "dC", "dD", "dstate")
 
 
 def inputs(t, dtype=torch.float32, b=1, h=4, g=2, p=16, n=32, seed=0):
-    """As the model's: x, B, C slices of one tensor; dt log-uniform in (0.001, 0.1); A in (-16, -1)."""
+    """As the model's: x, B, C slices of one tensor; dt log-uniform in (0.001, 0.1); A in (-16,
+    -1).
+    """
     r = torch.Generator().manual_seed(seed)
     f = lambda *s: torch.randn(*s, generator=r)
     u = lambda *s: torch.rand(*s, generator=r)
