@@ -157,7 +157,8 @@ def needed(given):
             must += names
             continue
         for name in [*names, *OPTIONAL.get(letter, [])]:
-            if not given.get(name, True):
+            value = given.get(name, True)
+            if not value and value is not False:
                 del given[name]
     if lacking := [k for k in must if k not in given]:
         raise ValueError(f"config.json lacks {', '.join(lacking)}: no default would be right")

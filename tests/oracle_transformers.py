@@ -6,7 +6,8 @@ It needs a process of its own: transformers imports a package `kernels`, which o
 name would hide. DIR/jobs.json lists {name, ids, config}, and DIR/NAME/ours holds a model that
 hf.save wrote. For each job
 
-    ours     from_pretrained(DIR/NAME/ours): its logits for ids, and six greedy tokens
+    ours     from_pretrained(DIR/NAME/ours): its logits for ids, and six greedy tokens (unless the job
+             says greedy: false)
     theirs   a model of `config` with random numbers everywhere: the same, and save_pretrained in
              both spellings,
              DIR/NAME/theirs (backbone., one tensor per expert) and DIR/NAME/stacked (model.,
@@ -54,12 +55,15 @@ def shake(model, seed, layers):
 
 
 @torch.no_grad()
-def answer(model, ids):
+def answer(model, ids, greedy=True):
+    """{"": logits, ".greedy": six tokens}. Their generate wants an attention layer, for the length."""
     model.eval()
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
-    )
-    return model(ids, use_cache=False).logits, out[:, ids.shape[1] :].contiguous()
+    said = {"": model(ids, use_cache=False).logits}
+    if greedy:
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        said[".greedy"] = out[:, ids.shape[1] :].contiguous()
+    return said
 
 
 def main(dir):
@@ -80,7 +84,8 @@ def main(dir):
             here / "ours", output_loading_info=True, **loop
         )
         assert not any(info.values()), info  # nothing missing, unexpected, mismatched
-        answers[job["name"] + ".ours"], answers[job["name"] + ".ours.greedy"] = answer(model, ids)
+        said = answer(model, ids, job.get("greedy", True))
+        answers |= {job["name"] + ".ours" + what: x for what, x in said.items()}
         c = AutoConfig.from_pretrained(here / "ours")
         configs[job["name"]] = dict(
             c.to_dict(),
@@ -89,9 +94,8 @@ def main(dir):
         )
         model = NemotronHForCausalLM(NemotronHConfig(**job["config"], **loop))
         shake(model, seed, model.config.num_hidden_layers)
-        answers[job["name"] + ".theirs"], answers[job["name"] + ".theirs.greedy"] = answer(
-            model, ids
-        )
+        said = answer(model, ids, job.get("greedy", True))
+        answers |= {job["name"] + ".theirs" + what: x for what, x in said.items()}
         model.save_pretrained(here / "theirs")
         model.save_pretrained(here / "stacked", save_original_format=False)
     save_file(answers, dir / "answers.safetensors")

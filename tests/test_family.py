@@ -306,6 +306,16 @@ def test_a_field_is_required_exactly_where_its_letter_stands(letter):
             )
 
 
+def test_what_a_file_says_of_a_letter_that_is_not_there_comes_back():
+    for lone in "M*-":
+        config = replace(TINY, hybrid_override_pattern=lone, norm_topk_prob=False)
+        assert Config.from_hf(config.to_hf()) == config
+        zeros = dict(n_routed_experts=0, num_experts_per_tok=None, n_shared_experts=0)
+        Config.from_hf(config.to_hf() | zeros)  # as dense files may say it
+    with pytest.raises(ValueError, match="n_shared_experts=0"):
+        Config.from_hf(GIVEN | dict(n_shared_experts=0))
+
+
 # 3. Groups of experts
 
 
@@ -353,7 +363,8 @@ def ask(dir, configs):
         g = torch.Generator().manual_seed(i)
         ids = torch.randint(model.config.vocab_size, (2, 5 + 3 * (i % 6)), generator=g)
         hf.save(model, dir / str(i) / "ours")
-        jobs.append(dict(name=str(i), ids=ids.tolist(), config=model.config.to_hf()))
+        config = model.config.to_hf()
+        jobs.append(dict(name=str(i), ids=ids.tolist(), config=config, greedy=False))
     (dir / "jobs.json").write_text(json.dumps(jobs))
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1")
     oracle = Path(__file__).with_name("oracle_transformers.py")
