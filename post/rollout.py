@@ -146,7 +146,7 @@ def budgeted(model, enc, asked, budget, seed=0, room=40):
 def report(model, enc, weights, questions, room, say):
     """`evaluate` and `drafted` in one table, on other draws -> its rows, and says it."""
     rows = evaluate(model, enc, weights, questions, seed=1, room=room)
-    accepted = drafted(model, enc, weights, room=room)
+    accepted = drafted(model, enc, weights, n=min(60, questions), room=room)
     say("answers    task   mode     right  tokens  malformed  accepted a round")
     for r in rows:
         r["accepted"] = accepted.get((r["task"], r["mode"]), "")
