@@ -141,7 +141,7 @@ def draw_ahead(ax, rows, depths):
 
 def draw_balance(ax, rows, experts):
     """MaxVio, mean and worst layer; in words how many experts idled."""
-    ends, title = [], "Balance of the experts"
+    ends, title, said = [], "Balance of the experts", ""
     for i, (key, name) in enumerate(
         (("max_vio", "mean of\nlayers"), ("max_vio_worst", "worst\nlayer"))
     ):

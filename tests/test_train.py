@@ -900,7 +900,10 @@ def test_what_a_run_leaves(tmp_path):
     whole = (corpus.train + corpus.val).encode()
     assert about["run"] == asdict(a) and about["config"] == asdict(model.config)
     assert about["corpus"] == dict(
-        name="copy", bytes=len(whole), sha256=hashlib.sha256(whole).hexdigest()
+        name="copy",
+        bytes=len(whole),
+        sha256=hashlib.sha256(whole).hexdigest(),
+        floor=data.entropy_floor("copy"),
     )
     assert about["versions"]["torch"] == torch.__version__ and about["hardware"]["threads"] == 1
     assert len(about["sources_sha256"]) == 64 and "git" in about
