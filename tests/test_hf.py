@@ -613,7 +613,7 @@ def test_mtp_that_is_announced_but_absent(saved, capsys):
 
 def test_damaged_files_are_named(saved, tmp_path):
     def says(*words):
-        with pytest.raises(ValueError) as e:
+        with pytest.raises((ValueError, FileNotFoundError)) as e:
             hf.load(saved)
         assert (
             all(word in str(e.value) for word in words) and len(str(e.value).splitlines()) == 1
@@ -633,11 +633,11 @@ def test_damaged_files_are_named(saved, tmp_path):
     next(p for p in sorted(saved.iterdir()) if "00003-of" in p.name).unlink()
     says("00003-of", "missing")
     (saved / hf.INDEX).write_text("{")
-    says(str(saved / hf.INDEX), "of another format")
+    says(str(saved / hf.INDEX), "no JSON")
     (saved / "config.json").write_text("[1]")
     says(str(saved / "config.json"))
     (saved / "config.json").unlink()
-    says(str(saved / "config.json"), "missing")
+    says(str(saved / "config.json"), "No such file")
 
 
 def test_two_models_in_one_directory(saved):
