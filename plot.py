@@ -154,12 +154,9 @@ def draw_balance(ax, rows, experts):
     steps, idle = points(rows, "idle")
     if any(idle):
         last = max(s for s, n in zip(steps, idle) if n)
-        said = (
-            f"at most {max(idle):.0f} of {experts} experts idle\nin a step, none after step {last}"
-        )
-        ax.text(0.97, 0.95, said, transform=ax.transAxes, ha="right", va="top", color="0.3")
+        said = f"\nidle experts: at most {max(idle):.0f} of {experts}, none after step {last}"
     ax.set(
-        xlabel="optimiser step",
+        xlabel="optimiser step" + said,
         ylabel="busiest / mean - 1 (MaxVio)",
         title=title,
         ylim=(0, None),

@@ -164,6 +164,11 @@ def test_a_page_opens_with_its_question(page):
     assert f"]({page})" in PAGES["README.md"], "README does not lead here"
 
 
+def test_every_file_at_the_top_has_its_place():
+    """README leads to every lesson and command."""
+    assert not {p.name for p in ROOT.glob("*.py")} - set(links(PAGES["README.md"]))
+
+
 def test_every_picture_is_shown():
     shown = {
         ((ROOT / page).parent / link).resolve() for page in PAGES for link in links(PAGES[page])
