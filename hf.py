@@ -216,6 +216,8 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
     has.
     """
     dir, table = Path(dir), places(model)
+    if dtype and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"not saved: weights in {dtype} would be other numbers")
     if {name: tuple(t.shape) for name, t in table.items()} != census(model.config):
         raise ValueError(
             "not saved: these are not the tensors of the model's config (converted? sharded?)"

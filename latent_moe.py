@@ -251,7 +251,7 @@ def sequence_balance(score, k, whole_sequence=None, groups=1, kept=1):
     slice's count and length those of the whole sequences.
     """
     b, t, E = score.shape
-    share = (score / score.sum(-1, keepdim=True)).sum(1)  # (b, E)
+    share = (score / score.sum(-1, keepdim=True).clamp(min=1e-20)).sum(1)  # (b, E)
     pick = choose(score.detach(), k, groups, kept).flatten(1)  # (b, t*k)
     count = torch.zeros_like(share).scatter_add_(1, pick, torch.ones_like(pick, dtype=share.dtype))
     if whole_sequence:

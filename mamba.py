@@ -47,6 +47,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
     Returns y (b, t, h, p) and the state (b, h, p, n) after the last token.
     """
     b, t, h, p = x.shape
+    agree(x, dt, A, B, C, D)
     a = (dt * A).exp()[..., None, None]  # (b, t, h, 1, 1)
     u = (x * dt[..., None])[..., None]  # (b, t, h, p, 1)
     B, C = (v[..., None, :].to(u.dtype) for v in per_head(h, B, C))  # (b, t, h, 1, n)
@@ -57,6 +58,20 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
         y.append((S * C[:, i]).sum(-1))  # (b, h, p)   read
     y = torch.stack(y, 1).to(x.dtype)
     return (y if D is None else y + D[:, None].to(x.dtype) * x), S
+
+
+def agree(x, dt, A, B, C, D=None):
+    """ValueError unless the operands of a scan have the shapes that ssd_recurrent lists."""
+    (b, t, h, _), (g, n) = x.shape, B.shape[2:]
+    want = dict(dt=(b, t, h), A=(h,), B=(b, t, g, n), C=(b, t, g, n))
+    want |= {} if D is None else dict(D=(h,))
+    for name, v in dict(dt=dt, A=A, B=B, C=C, D=D).items():
+        if name in want and tuple(v.shape) != want[name]:
+            raise ValueError(
+                f"{name} is {tuple(v.shape)}, and beside x {tuple(x.shape)} {want[name]}"
+            )
+    if g < 1 or h % g:
+        raise ValueError(f"{h} heads do not divide into {g} groups")
 
 
 def per_head(h, *shared):
@@ -101,6 +116,7 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, chunk=128, fast=False):
         from kernels.ssd import ssd
 
         return ssd(x, dt, A, B, C, D, state, chunk)
+    agree(x, dt, A, B, C, D)
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     q = min(chunk, t)
 
