@@ -34,7 +34,9 @@ class KV:
     """What an attention layer remembers: k and v (b, kv heads, L, e), and each row's length (b,).
 
     Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a
-    row's own length is never looked at, so `drop`ping tokens from the end moves no data.
+    row's own length is never looked at, so `drop`ping tokens from the end moves no data. With scales
+    (of keys, of values) the buffers hold E4M3 codes, half the bytes of bf16, and `append` answers
+    with their numbers.
     """
 
     holds = "k", "v", "length"
@@ -70,8 +72,10 @@ class KV:
             return 0
         return self.used if self.even and count is None else self.length
 
-    def append(self, k, v, count=None):
+    def append(self, k, v, count=None, scales=None):
         """Adds t tokens a row, count (b,) of them real -> all keys, all values, where t begins."""
+        if scales:
+            dtype, (k, v) = k.dtype, (codes(x, s) for x, s in zip((k, v), scales))
         b, heads, t, e = k.shape
         if self.k is None:
             self.k, self.v = k.new_zeros(b, heads, 0, e), v.new_zeros(b, heads, 0, e)
@@ -90,7 +94,20 @@ class KV:
             self.v.scatter_(2, at.expand_as(v), v)
         self.used += 0 if self.fixed else t
         self.length = self.length + (t if count is None else count)
-        return self.k[:, :, : self.used], self.v[:, :, : self.used], first
+        k, v = self.k[:, :, : self.used], self.v[:, :, : self.used]
+        if scales:
+            k, v = (numbers(x, s, dtype) for x, s in zip((k, v), scales))
+        return k, v, first
+
+
+def codes(x, scale):
+    """x -> its E4M3 codes under a scale, as bytes: more of what can be done with bytes is done."""
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def numbers(codes, scale, dtype):
+    """Bytes of `codes` -> the numbers they stand for."""
+    return codes.view(torch.float8_e4m3fn).to(dtype) * scale.to(dtype)
 
 
 def rotate(x, first, base):
@@ -161,6 +178,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, d, bias=False)
         self.attend = attend  # seam: scale/parallel.py
+        self.round_cache = False  # without a cache, too, as serving's would round: quant/packed.py
 
     def forward(self, u, cache=None, count=None, docs=None):
         """u (b, t, d) -> (b, t, d). docs: a pack.Docs, if rows hold several documents; not together
@@ -171,6 +189,9 @@ class Attention(nn.Module):
             proj(rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, h or kv, t, e)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        scales = self.cache_scales()
+        if scales and cache is None and self.round_cache:
+            k, v = (numbers(codes(x, s), s, x.dtype) for x, s in zip((k, v), scales))
         if docs:
             each = zip(*(x.split(docs.lengths, 2) for x in (q, k, v)))
             y = torch.cat([self.attend(*self.turn(q, k, 0), v, 0) for q, k, v in each], 2)
@@ -178,7 +199,7 @@ class Attention(nn.Module):
             first = 0 if cache is None else cache.first(count)
             q, k = self.turn(q, k, first)
             if cache is not None:
-                k, v, first = cache.append(k, v, count)
+                k, v, first = cache.append(k, v, count, scales)
             y = self.attend(q, k, v, first)
         return self.o_proj(y.transpose(1, 2).flatten(2)).view_as(u)
 
@@ -187,6 +208,11 @@ class Attention(nn.Module):
         if self.rotary_base:
             q, k = (rotate(x, first, self.rotary_base) for x in (q, k))
         return q, k
+
+    def cache_scales(self):
+        """Those of a checkpoint whose keys and values are kept in FP8: k_scale, v_scale; else None."""
+        k, v = getattr(self.k_proj, "k_scale", None), getattr(self.v_proj, "v_scale", None)
+        return None if k is None or v is None else (k, v)
 
 
 @torch.no_grad()

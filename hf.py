@@ -19,12 +19,17 @@ its numbers.
                       stay empty
     save(model, dir)  the same table, written out
 
+A quantised checkpoint (NVFP4, FP8, any mixture) has codes and scales where a matrix was. They are
+names like the others, of packed modules, so the table is the same. Which modules is read from the
+tensors (`survey`), and the JSON must agree.
+
 There may be memory for one copy of the model, so there are never two: load reads the files into an
 empty one, save writes from where the numbers are. Beside it there is one tensor, or one shard if
 save changes the dtype.
 
 Letters   E experts  f expert hidden  l latent (the model width where there is none)  o, i outputs, inputs
-Not here  quantised checkpoints (NVFP4, FP8): refused
+Not here  what quantised matrices are made of: quant/packed.py; their JSON, and files that are only
+          mapped: quant/ondisk.py
 Sources   names of the released checkpoint; conversion_mapping.py of transformers 5.23
 Departs   1. A_log, D, dt_bias and the router stay fp32; of these the release stores only the
           router's bias so
@@ -33,11 +38,13 @@ Departs   1. A_log, D, dt_bias and the router stay fp32; of these the release st
 """
 
 import json
+import math
 import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +54,7 @@ import checkpoint
 import command
 from command import LONGEST, knob
 from model import Config, Nemotron
+from quant import ondisk, packed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL = (".A_log", ".D", ".dt_bias", ".gate.weight", ".gate.e_score_correction_bias")
@@ -55,36 +63,60 @@ SMALL = (".A_log", ".D", ".dt_bias", ".gate.weight", ".gate.e_score_correction_b
 def pieces(name, t):
     """A tensor of ours as released, {name: view}: a stack of experts is many, any other is itself."""
     layer, stacked, proj = name.partition(".experts.")
-    return (
-        {f"{layer}.experts.{e}.{proj}.weight": v for e, v in enumerate(t)} if stacked else {name: t}
-    )
+    proj += "" if "." in proj else ".weight"  # a packed stack has weight, weight_scale, ...
+    return {f"{layer}.experts.{e}.{proj}": v for e, v in enumerate(t)} if stacked else {name: t}
 
 
 def places(model):
-    return {
-        name: view for n, t in model.state_dict().items() for name, view in pieces(n, t).items()
-    }
+    """{released name: the piece of memory (or of a file) that holds its numbers}."""
+    held = model.state_dict().items()
+    return {name: view for n, t in held for name, view in pieces(n, t).items()} | packed.loose(
+        model
+    )
 
 
-def census(config):
+def blank(config, plan=(), kv=()):
+    """The model without memory, packed where plan {module: kind} says, with an FP8 cache in layers
+    kv.
+    """
+    with torch.device("meta"):
+        return packed.swap(Nemotron(config), dict(plan), kv)
+
+
+def census(config, plan=(), kv=()):
     """{released name: shape} of everything that a checkpoint with this config holds; no weight is
     made.
     """
-    with torch.device("meta"):
-        return {name: tuple(view.shape) for name, view in places(Nemotron(config)).items()}
+    return {name: tuple(view.shape) for name, view in places(blank(config, plan, kv)).items()}
+
+
+def stored(name, t):
+    """The dtype in which the release stores a tensor of the model: codes and scales as they are."""
+    if scales(name) or t.dtype in (torch.uint8, torch.float8_e4m3fn):
+        return t.dtype
+    return torch.float32 if name.endswith(".e_score_correction_bias") else torch.bfloat16
+
+
+def scales(name):
+    return name.endswith(("_scale", "_scale_2"))
 
 
 def ours(name):
     return re.sub(r"^model\.", "backbone.", name)
 
 
-def precision(name, t):
-    return torch.promote_types(t, torch.float32) if name.endswith(SMALL) else t
+def precision(name, t, dtype):
+    """The dtype in which a tensor of a model in `dtype` is kept: what decides little but exactly in
+    fp32, codes and scales as they are.
+    """
+    if scales(name) or t.dtype in (torch.uint8, torch.float8_e4m3fn):
+        return t.dtype
+    return torch.promote_types(dtype, torch.float32) if name.endswith(SMALL) else dtype
 
 
-def opened(path):
+def opened(path, how=lambda path: safe_open(path, "pt")):
     try:
-        return safe_open(path, "pt")
+        return how(path)
     except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise ValueError(f"{path} is missing, truncated or of another format: {e}") from None
 
@@ -115,31 +147,48 @@ def ends(dir):
     return sorted(set(found))
 
 
-def survey(dir):
-    """The Config of a checkpoint, and (file, name, dtype, shape) of all its tensors. Reads only
-    headers.
-    """
-    dir = Path(dir)
-    given, tensors, files = command.document(dir / "config.json"), [], set()
+class Survey(NamedTuple):
+    """What a checkpoint's JSON and headers say."""
+
+    config: Config
+    tensors: list  # (file, name, dtype, shape) of each, in the order of the bytes
+    plan: dict  # {module: kind} of what is quantised, experts by their layer
+    kv: list  # attention layers with an FP8 cache
+
+
+def inventory(dir):
+    """(file, name, dtype, shape) of all tensors of a checkpoint, from the headers alone."""
+    tensors, files = [], set()
     if (dir / INDEX).exists():
         files.update(indexed(dir / INDEX))
     if (dir / SINGLE).exists() or not files:  # both: then its tensors are there twice
         files.add(SINGLE)
     for file in sorted(files):
-        f = opened(dir / file)
-        slices = [
-            (name, f.get_slice(name)) for name in f.offset_keys()
-        ]  # in the order of the bytes
-        tensors += [(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices]
-    kinds = sorted({dtype for _, _, dtype, _ in tensors})
-    if set(kinds) - {"F64", "F32", "F16", "BF16"}:
+        table, _ = opened(dir / file, ondisk.header)
+        rows = sorted(table.items(), key=lambda row: row[1]["data_offsets"])
+        tensors += [(file, name, h["dtype"], tuple(h["shape"])) for name, h in rows]
+    return tensors
+
+
+def survey(dir):
+    """The Survey of a checkpoint. Reads only headers."""
+    dir = Path(dir)
+    given, tensors = command.document(dir / "config.json"), inventory(dir)
+    kinds = {dtype for _, _, dtype, _ in tensors}
+    if odd := sorted(kinds - set(ondisk.DTYPES)):
         raise ValueError(
-            f"{dir} is quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds "
-            f"{', '.join(kinds)}): load the BF16 checkpoint instead"
+            f"{dir} holds tensors in {', '.join(odd)}: of quantised ones NVFP4 (U8) and FP8 (F8_E4M3) "
+            "are read, no others"
         )
-    if given.pop("quantization_config", None):
+    try:
+        plan, kv = ondisk.by_tensors(ours(name) for _, name, _, _ in tensors)
+    except ValueError as e:
+        raise ValueError(f"{dir}: {e}") from None
+    if plan:
+        ondisk.agree(dir, given, plan)
+    if given.pop("quantization_config", None) and not plan:
         print(
-            f"{dir}: config.json has a quantization_config, but every tensor is {', '.join(kinds)}: "
+            f"{dir}: config.json has a quantization_config, but every tensor is {', '.join(sorted(kinds))}: "
             "loading them as they are"
         )
     config, mtp = Config.from_hf(given), any(name.startswith("mtp.") for _, name, _, _ in tensors)
@@ -153,17 +202,16 @@ def survey(dir):
             f"{dir}: config.json announces an MTP block, but no file holds one: loading without MTP"
         )
         config = Config.from_hf(given | dict(num_nextn_predict_layers=0))
-    return config, tensors
+    return Survey(config, tensors, plan, kv)
 
 
-def skeleton(config, tensors):
+def skeleton(config, tensors, plan=(), kv=()):
     """The model without memory, if these tensors are just what it needs; else an error that lists
     why.
     """
-    with torch.device("meta"):
-        model = Nemotron(config)
+    model = blank(config, plan, kv)
     whole, rows, found, wrong = model.state_dict(), places(model), Counter(), []
-    for _, name, _, shape in tensors:
+    for _, name, dtype, shape in tensors:
         n = ours(name)
         place = rows.get(n, whole.get(n))
         found.update([n] if n in rows else [name] if place is None else pieces(n, place).keys())
@@ -171,6 +219,8 @@ def skeleton(config, tensors):
             wrong.append(
                 f"wrong shape  {name} {list(shape)}, the config makes it {list(place.shape)}"
             )
+        elif place is not None and (ondisk.DTYPES[dtype].itemsize == 1) != (place.itemsize == 1):
+            wrong.append(f"wrong dtype  {name} is {dtype}, it must be {place.dtype}")
     wrong += [f"missing      {name} {list(rows[name].shape)}" for name in rows if name not in found]
     wrong += [f"unexpected   {name}" for name in found if name not in rows]
     wrong += [f"twice        {name}" for name, times in found.items() if times > 1]
@@ -185,29 +235,59 @@ def skeleton(config, tensors):
 
 
 @torch.no_grad()
-def load(dir, dtype=torch.float32, device="cpu"):
+def load(dir, dtype=torch.float32, device="cpu", lazy=False):
     """The model in a directory, in eval mode. Every tensor there is used exactly once, or this
     raises.
+
+    Quantised matrices stay packed, in their own dtypes. lazy: of those nothing is read; they are
+    views of the files, and what no token asks for is never read. On a CPU only.
     """
-    config, tensors = survey(dir)
-    model = skeleton(config, tensors)
+    if lazy and torch.device(device).type != "cpu":
+        raise ValueError(f"lazy weights are views of files, which {device} cannot see: use the CPU")
+    config, tensors, plan, kv = survey(dir)
+    model = skeleton(config, tensors, plan, kv)
+    if lazy:
+        if not plan:
+            raise ValueError(
+                f"{dir} is not quantised: lazy leaves packed matrices on disk, no others"
+            )
+        packed.empty(model)
     for name, t in model.state_dict(keep_vars=True).items():
-        t.data = t.data.to(precision(name, dtype))
-    if torch.device(device).type == "cpu":
+        t.data = t.data.to(precision(name, t, dtype))
+    if torch.device(device).type == "cpu":  # of lazy weights only those that are not packed
         size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
         command.fits(size, f"{dir}: its weights in {str(dtype).split('.')[1]}")
     model.to_empty(device=device)  # the only copy there will be
     for b in model.buffers():
         b.zero_()  # the experts' load is in no file
+    (view if lazy else copy)(model, Path(dir), tensors)
+    return model.eval()
+
+
+def copy(model, dir, tensors):
+    """Puts every tensor of the files into its place."""
     place, last, seen = model.state_dict() | places(model), None, 0
     for file, name, _, _ in tensors:
         if file != last or seen > 2**25:  # a file is a memory map: opening it
-            f, last, seen = opened(Path(dir) / file), file, 0  # again lets go of what has been read
+            f, last, seen = opened(dir / file), file, 0  # again lets go of what has been read
         tensor = f.get_tensor(name)
         checkpoint.finite({name: tensor}, Path(dir) / file)
         place[ours(name)].copy_(tensor)
         seen += tensor.nbytes
-    return model.eval()
+
+
+def view(model, dir, tensors):
+    """Puts what is not quantised into its place, and gives packed modules views of the files."""
+    place, last = model.state_dict() | places(model), None
+    for file, name, _, _ in tensors:
+        if file != last:
+            maps, last = opened(dir / file, ondisk.views), file
+        n = ours(name)
+        if n in place:
+            ondisk.fetch({name: maps[name]})
+            place[n].copy_(maps[name])
+        else:
+            packed.put(model, n, maps[name])
 
 
 @torch.no_grad()
@@ -215,10 +295,10 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
     """Writes the tensors and config.json in the released layout; dtype None keeps what each tensor
     has.
     """
-    dir, table = Path(dir), places(model)
+    dir, table, (plan, kv) = Path(dir), places(model), packed.plan(model)
     if dtype and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"not saved: weights in {dtype} would be other numbers")
-    if {name: tuple(t.shape) for name, t in table.items()} != census(model.config):
+    if {name: tuple(t.shape) for name, t in table.items()} != census(model.config, plan, kv):
         raise ValueError(
             "not saved: these are not the tensors of the model's config (converted? sharded?)"
         )
@@ -228,7 +308,7 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
         raise ValueError(
             f"{dir} already holds {old[0].name}: choose another directory, or overwrite=True"
         )
-    kept = {name: precision(name, dtype) if dtype else t.dtype for name, t in table.items()}
+    kept = {name: precision(name, t, dtype) if dtype else t.dtype for name, t in table.items()}
     size = {name: t.numel() * kept[name].itemsize for name, t in table.items()}
     shards, room = [], 0
     for name in table:
@@ -250,6 +330,10 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
     texts["config.json"] = model.config.to_hf() | dict(
         dtype=str(kept["lm_head.weight"]).split(".")[1]
     )
+    if plan or kv:
+        inside, beside = ondisk.quantization_config(plan, kv, model.config.n_routed_experts)
+        texts["config.json"]["quantization_config"] = inside
+        texts["hf_quant_config.json"] = beside
     with tempfile.TemporaryDirectory(dir=dir) as new:  # a failed save leaves all as it was
         for file, names in shards.items():
             save_file(
@@ -259,8 +343,48 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
             Path(new, file).write_text(json.dumps(content, indent=2) + "\n")
         for path in old:
             path.unlink()
-        for file in [*shards, *texts]:  # config.json comes last
+        for file in [*shards, *texts]:  # config.json comes last, or hf_quant_config.json
             Path(new, file).replace(dir / file)
+        if "hf_quant_config.json" not in texts:
+            (dir / "hf_quant_config.json").unlink(missing_ok=True)
+
+
+def layout(config, plan=(), kv=()):
+    """The lines of a census: tensors by layer letter, experts as one, and their numbers."""
+    letter = lambda at: config.hybrid_override_pattern[int(at[0])]
+    rows, kinds = Counter(), Counter()
+    for name, shape in census(config, plan, kv).items():
+        name = re.sub(
+            r"(?<=backbone\.layers\.)\d+", letter, re.sub(r"(?<=\.experts\.)\d+", "e", name)
+        )
+        rows[f"{name:57}{list(shape)}"] += 1
+        kinds[re.match(r"(backbone\.layers\..|mtp)?", name)[0] or "others"] += 1
+    total = Counter({"in all": sum(kinds.values())})
+    return [f"{n:8,}  {row}" for row, n in (rows + kinds + total).items()]
+
+
+def quantised(config, plan, kv, tensors=None):
+    """Lines about what is packed: modules by kind, bytes (as released, or of these tensors), the
+    cache.
+    """
+    place = places(blank(config, plan, kv))
+    if tensors:
+        size = sum(math.prod(shape) * ondisk.DTYPES[d].itemsize for _, _, d, shape in tensors)
+    else:
+        size = sum(t.numel() * stored(n, t).itemsize for n, t in place.items())
+    each = lambda n: 2 * config.n_routed_experts if n.endswith(".experts") else 1
+    count, leaf = Counter(), Counter()
+    for n, kind in plan.items():
+        count[kind] += each(n)
+        leaf[f"{kind:12} {n.split('.mixer.')[-1]}"] += each(n)
+    lines = [f"{n:8,}  {row}" for row, n in sorted(leaf.items())]
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(count.items())) or "none"
+    lines.append(
+        f"quantised: {sum(count.values()):,} modules, {kinds}; the rest is stored as it is"
+    )
+    lines.append(f"keys and values in {f'FP8 in {len(kv)} layers' if kv else 'the model dtype'}")
+    lines.append(f"{len(place):,} tensors, {size:,} bytes")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -275,29 +399,19 @@ class Flags:
 
 
 def show(a):
-    """Prints the layout of Super and what a round trip returns; or whether a directory fits its
-    config.
+    """Prints the layout of Super, what a round trip returns, and Super-NVFP4's map; or whether a
+    directory fits its config.
     """
     config, dir = Config.preset("super"), a.dir
     if dir:
-        config, tensors = survey(dir)
+        config, tensors, plan, kv = survey(dir)
         print(dir, "holds tensors in", dict(Counter(dtype for _, _, dtype, _ in tensors)))
-        skeleton(config, tensors)
-    letter, rows, kinds = (
-        lambda at: config.hybrid_override_pattern[int(at[0])],
-        Counter(),
-        Counter(),
-    )
-    for name, shape in census(config).items():  # layers by letter, experts as one
-        name = re.sub(
-            r"(?<=backbone\.layers\.)\d+", letter, re.sub(r"(?<=\.experts\.)\d+", "e", name)
-        )
-        rows[f"{name:57}{list(shape)}"] += 1
-        kinds[re.match(r"(backbone\.layers\..|mtp)?", name)[0] or "others"] += 1
-    for row, n in (rows + kinds + Counter({"in all": sum(kinds.values())})).items():
-        print(f"{n:8,}  {row}")
-    if dir:
+        skeleton(config, tensors, plan, kv)
+        print(*layout(config, plan, kv), sep="\n")
+        if plan or kv:
+            print(*quantised(config, plan, kv, tensors), sep="\n")
         return print("every tensor has its place, and every place its tensor")
+    print(*layout(config), sep="\n")
     with tempfile.TemporaryDirectory() as dir:
         save(toy := Nemotron(Config.preset("toy")), dir, shard_bytes=4e6)
         print("toy, saved as", *sorted(path.name for path in Path(dir).iterdir()))
@@ -306,6 +420,8 @@ def show(a):
             for a, b in zip(toy.state_dict().values(), load(dir).state_dict().values())
         ]
     print(f"loaded again: {sum(same)} of {len(same)} tensors equal bit for bit")
+    print("Super-NVFP4, by the map of the release:")
+    print(*quantised(config, *ondisk.super_map(config.hybrid_override_pattern)), sep="\n")
 
 
 def main(argv=None):

@@ -262,15 +262,30 @@ class State:
 
     holds = "conv", "S"
 
-    def __init__(self):
+    def __init__(self, store=None):
         self.conv = self.S = self.held = None  # nothing read yet, that is zeros
-        self.trial = False
+        self.trial, self.store = False, store  # seam: quant/statecache.py's, how S is kept
+        if store:
+            self.holds = "conv", "S", "key"  # of its random numbers
+
+    @property
+    def key(self):
+        return self.store.key
+
+    @key.setter
+    def key(self, key):
+        self.store.key = key
+
+    def remember(self, S):
+        """Keeps S (fp32) for the next token, rounded if there is a store."""
+        self.S = self.store(S).to(self.store.dtype) if self.store else S
 
     def keep(self, count):
         """Of the tokens read on trial, writes the first count (b,), as if the rest were padding."""
         seen, x, dt, A, B = self.held
         t, k = x.shape[1], seen.shape[1] - x.shape[1] + 1
-        self.S = write(self.S, x, dt * real(count, t), A, B)
+        before = None if self.S is None else self.S.to(dt.dtype)
+        self.remember(write(before, x, dt * real(count, t), A, B))
         self.conv = window(seen, k, count)
         self.held, self.trial = None, False
 
@@ -345,7 +360,8 @@ class Mamba2(nn.Module):
         if docs:  # D reads x as it is, before `restart` rescales it
             D, skip = None, self.D[:, None].to(x.dtype) * x
             x, dt = docs.restart(x, dt, A)
-        args = x, dt, A, B, C, D, cache and cache.S
+        before = None if cache is None or cache.S is None else cache.S.to(wide)
+        args = x, dt, A, B, C, D, before
         if t == 1 and not self.fast:  # kernels/ssd.py knows one token itself
             y, S = ssd_recurrent(*args)
         else:
@@ -354,7 +370,7 @@ class Mamba2(nn.Module):
             cache.held = Read(seen, x, dt, A, B)  # State.keep writes it, or a part
         elif cache is not None:
             k = self.conv1d.weight.shape[-1]
-            cache.S = S
+            cache.remember(S)
             cache.conv = seen[:, t:].clone() if count is None else window(seen, k, count)
         if docs:
             y = y + skip

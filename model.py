@@ -106,9 +106,10 @@ class Cache:
     the right, and only count of their tokens are real.
     """
 
-    def __init__(self, pattern, batch):
-        kinds = {"M": State, "*": KV}
-        self.batch, self.layers = batch, [kinds.get(letter, lambda: None)() for letter in pattern]
+    def __init__(self, pattern, batch, store=None):
+        kinds = {"M": lambda i: State(store and store(i)), "*": lambda i: KV()}
+        self.batch = batch
+        self.layers = [kinds.get(x, lambda i: None)(i) for i, x in enumerate(pattern)]
         self.last = {}  # of an MTP cache with several blocks, see mtp.follow
 
     def fix(self, room):
@@ -160,6 +161,7 @@ class Nemotron(nn.Module):
         super().__init__()
         self.config = c = config
         self.fast = False  # whether train.losses may take kernels/loss.py
+        self.store = None  # seam: quant/statecache.py's, how a layer keeps its Mamba state
         self.backbone = nn.Module()
         self.backbone.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.backbone.layers = nn.ModuleList(
@@ -207,7 +209,7 @@ class Nemotron(nn.Module):
         return y.to(torch.promote_types(y.dtype, torch.float32))
 
     def new_cache(self, batch):
-        return Cache(self.config.hybrid_override_pattern, batch)
+        return Cache(self.config.hybrid_override_pattern, batch, self.store)
 
     def new_draft_cache(self, batch):
         """The MTP block's own, one part for each stored block."""

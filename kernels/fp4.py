@@ -423,17 +423,19 @@ def gemm(a, b, dtype=torch.bfloat16, native=None, BM=128, BN=128, BK=128, ends=N
     return d
 
 
-def decode(x, b, BM=16, BN=64, BK=128):
+def decode(x, b, BM=16, BN=64, BK=128, alpha=None):
     """x (M, K) in bf16 or fp16, a few rows; b (N, K) as (codes, scales, amax) -> x b^T (M, N), of
-    x's dtype.
+    x's dtype. alpha: the scale of the whole matrix, where that is stored instead of its amax.
     """
     _check("nvfp4.decode", x, *b)
     M, K, N = *x.shape, len(b[0])
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype}: the decoding product multiplies in bfloat16 or float16")
     if 2 * b[0].shape[1] != K or not x.is_contiguous():
         raise ValueError(f"x has {K} columns, b {2 * b[0].shape[1]}; and x must be contiguous")
     d = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _decode[triton.cdiv(N, BN), triton.cdiv(M, BM)](
-        x, b[0], b[1], b[2] / 2688, d, M, N, K, BM=BM, BN=BN, BK=BK
+        x, b[0], b[1], b[2] / 2688 if alpha is None else alpha, d, M, N, K, BM=BM, BN=BN, BK=BK
     )
     return d
 

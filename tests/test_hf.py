@@ -579,8 +579,7 @@ def test_tensors_that_do_not_fit_are_all_named(saved, change, words):
                 x__weight_scale=torch.zeros(4).to(torch.float8_e4m3fn),
             ),
             {},
-            "quantised (ModelOpt's packed NVFP4 or FP8 weights with scales; it holds F32, "
-            "F8_E4M3, U8)",
+            "x.weight is U8, that is codes, and x.weight_scale_2 is missing",
         ),
         (lambda t: None, dict(time_step_limit=[0.01, 1.0]), "time_step_limit"),
         (

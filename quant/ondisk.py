@@ -1,0 +1,250 @@
+"""
+Quantised checkpoints on disk: what the two JSON files say, and how to look at a tensor without
+reading it.
+
+A module X of kind NVFP4 or FP8 is stored as X.weight, X.weight_scale and what packed.py names
+beside; that alone makes it quantised. The same is said twice more, for readers that decide before
+they open a file:
+
+    config.json            quantization_config: quant_algo, quantized_layers, config_groups, ignore, kv_cache_scheme
+    hf_quant_config.json   quantization: quant_algo, quantized_layers | exclude_modules, kv_cache_quant_algo
+
+MIXED_PRECISION lists every quantised module; NVFP4 and FP8 say it of all but those excluded. A name
+there is exact, or a piece of a module's path, or a pattern with *; a trailing * covers all below. Of
+experts the published files name every matrix, Model Optimizer's own a layer's, with a tail behind a
+zero byte. `told` understands them all; `agree` compares them with what the tensors say.
+
+A file is mapped, not read (`views`): a page comes from the disk when somebody looks at its numbers,
+and `fetch` asks for a matrix at once, before it is touched page by page.
+
+Not here  what codes mean: packed.py. Names of everything else, and loading: hf.py
+Sources   the two files of Super-NVFP4 and Nano-NVFP4; Model Optimizer 0.47; how vLLM reads them
+"""
+
+import fnmatch
+import json
+import math
+import mmap
+import re
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+EXPERT = re.compile(r"\.experts\.\d+\.(up|down)_proj$")
+
+
+# 1. What is quantised: said by the tensors, and by the JSON.
+
+
+def by_tensors(names):
+    """Names of stored tensors -> {module: kind}, [attention layers with k_scale or v_scale].
+
+    A matrix with a weight_scale_2 is NVFP4, with a weight_scale alone FP8. A layer's experts are
+    one module, and must be of one kind.
+    """
+    names, plan = set(names), {}
+    kv = sorted({n.rsplit(".", 2)[0] for n in names if n.endswith((".k_scale", ".v_scale"))})
+    for n in sorted(names):
+        if n.endswith(".weight_scale"):
+            m = n.removesuffix(".weight_scale")
+            four, inputs = f"{m}.weight_scale_2" in names, f"{m}.input_scale" in names
+            kind = "FP8" if not four else "NVFP4" if inputs else "W4A16_NVFP4"
+            base = EXPERT.sub(".experts", m)
+            if plan.setdefault(base, kind) != kind:
+                raise ValueError(f"{m} is {kind}, other experts of its layer {plan[base]}")
+    return plan, kv
+
+
+def clean(name):
+    """A module's name without Model Optimizer's tail `.\\0backbone.pt_name_sentinel`."""
+    return re.sub(r"\.?\0[\w.]*", "", name)
+
+
+def covers(pattern, module):
+    """Whether an entry of `ignore` or `exclude_modules` means this module."""
+    below = pattern[:-1] if pattern.endswith("*") else pattern
+    return module == pattern or below in module or fnmatch.fnmatchcase(module, pattern)
+
+
+def told(quantization, plan):
+    """What a quantization_config says of the modules: {module: kind}, in `plan`'s names.
+
+    One algorithm for all says nothing of modules that the files do not store so; of those that they
+    do, it must be theirs.
+    """
+    algo = quantization.get("quant_algo")
+    if algo == "MIXED_PRECISION":
+        layers = quantization.get("quantized_layers") or {}
+        return {
+            re.sub(r"\.experts(\..*)?$", ".experts", clean(n)): v["quant_algo"]
+            for n, v in layers.items()
+        }
+    excluded = quantization.get("ignore", quantization.get("exclude_modules")) or []
+    excluded = [clean(p) for p in excluded]
+    return {m: None if any(covers(p, m) for p in excluded) else algo for m in plan}
+
+
+def agree(dir, given, plan):
+    """Raises if the JSON (config.json's, else hf_quant_config.json's) and the tensors disagree.
+
+    dir: the folder; given: its config.json as a dict; plan: `by_tensors`' {module: kind}.
+    """
+    said, path = given.get("quantization_config"), Path(dir) / "hf_quant_config.json"
+    if not said and path.is_file():
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))["quantization"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{path} is no quantisation config: {e!r}") from None
+    if said is None:
+        return
+    if not isinstance(said, dict) or said.get("quant_method", "modelopt") != "modelopt":
+        raise ValueError(
+            f"{dir}: quant_method {said.get('quant_method') if isinstance(said, dict) else said!r}: "
+            "only modelopt's formats are read"
+        )
+    want = told(said, plan)
+    wrong = sorted(m for m in want.keys() | plan.keys() if want.get(m) != plan.get(m))
+    if wrong:
+        m = wrong[0]
+        raise ValueError(
+            f"{dir}: the quantisation config and the tensors disagree about {len(wrong)} modules, first "
+            f"{m}: {want.get(m) or 'not quantised'} there, {plan.get(m) or 'not quantised'} in the files"
+        )
+    if not plan and said.get("quant_algo"):
+        raise ValueError(
+            f"{dir}: the config says {said['quant_algo']}, but no tensor there is quantised"
+        )
+
+
+def quantization_config(plan, kv, experts, version="0.43.0"):
+    """-> config.json's quantization_config, and hf_quant_config.json: as the release writes them.
+
+    Always MIXED_PRECISION, an entry for every module and every expert's matrix: all readers take
+    that, and it needs no patterns.
+    """
+
+    def each(n):
+        if not n.endswith(".experts"):
+            return [n]
+        return [f"{n}.{e}.{p}" for e in range(experts) for p in ("up_proj", "down_proj")]
+
+    def entry(kind):
+        return dict(quant_algo=kind) | (dict(group_size=16) if "NVFP4" in kind else {})
+
+    layers = {m: entry(kind) for n, kind in plan.items() for m in each(n)}
+    groups = {}
+    for i, kind in enumerate(sorted(set(plan.values()))):
+        rule = dict(dynamic=False, num_bits=8 if kind == "FP8" else 4, type="float")
+        rule |= {} if kind == "FP8" else dict(group_size=16)
+        inputs = {} if kind == "W4A16_NVFP4" else dict(input_activations=rule)
+        targets = [m for m, e in layers.items() if e["quant_algo"] == kind]
+        groups[f"group_{i}"] = dict(**inputs, weights=rule, targets=targets)
+    producer = dict(name="modelopt", version=version)
+    scheme = dict(kv_cache_scheme=dict(dynamic=False, num_bits=8, type="float")) if kv else {}
+    inside = dict(
+        config_groups=groups,
+        quantized_layers=layers,
+        ignore=[],
+        quant_algo="MIXED_PRECISION",
+        **scheme,
+        producer=producer,
+        quant_method="modelopt",
+    )
+    beside = dict(
+        quant_algo="MIXED_PRECISION",
+        kv_cache_quant_algo="FP8" if kv else None,
+        quantized_layers=layers,
+    )
+    return inside, dict(producer=producer, quantization=beside)
+
+
+# 2. Super's own map, by layer: what the search of the report chose (139 modules FP8, 40,961 NVFP4).
+
+IN_PROJ = [0, 2, 4, 6, 9, 11, 13, 15, 18, 20, 27, 29, 31, 40]
+IN_PROJ += [49, 51, 53, 55, 57, 60, 62, 66, 68, 71, 73, 82, 84, 86]
+OUT_PROJ = [0, 2, 4, 9, 11, 13, 18, 38, 40, 42, 44, 49, 51, 53, 55]
+OUT_PROJ += [57, 60, 62, 64, 66, 68, 71, 73, 75, 77, 80, 82, 84, 86]
+
+
+def super_map(pattern):
+    """Super's pattern of letters -> the release's {module: kind} and its layers with an FP8 cache."""
+    at = {letter: [i for i, x in enumerate(pattern) if x == letter] for letter in "ME*"}
+    plan = {f"backbone.layers.{i}.mixer.experts": "NVFP4" for i in at["E"]}
+    up, down = "shared_experts.up_proj", "shared_experts.down_proj"
+    eight = dict(in_proj=IN_PROJ, out_proj=OUT_PROJ, o_proj=[69, 78])
+    eight |= dict(fc1_latent_proj=[1, 3, 5], fc2_latent_proj=[3])
+    eight |= {
+        up: [i for i in at["E"] if i != 41],
+        down: [i for i in at["E"] if i not in (1, 8, 76)],
+    }
+    plan |= {f"backbone.layers.{i}.mixer.{m}": "FP8" for m, layers in eight.items() for i in layers}
+    plan[f"backbone.layers.1.mixer.{down}"] = "NVFP4"
+    return plan, [f"backbone.layers.{i}.mixer" for i in at["*"]]
+
+
+# 3. Files that are looked at, not read.
+
+
+def header(path):
+    """A safetensors file's table {name: {dtype, shape, data_offsets}} and where its bytes begin.
+
+    A file shorter than its table promises is refused: touching what is missing under a mapping
+    would kill the process.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if size < 8 or not 2 <= n <= size - 8:
+            raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes")
+        table = json.loads(f.read(n))
+    table.pop("__metadata__", None)
+    end = 8 + n + max((h["data_offsets"][1] for h in table.values()), default=0)
+    if end > size:
+        raise ValueError(f"{path} is truncated: its header needs {end} bytes, it has {size}")
+    for name, h in table.items():
+        a, b = h["data_offsets"]
+        if h["dtype"] in DTYPES and b - a != math.prod(h["shape"]) * DTYPES[h["dtype"]].itemsize:
+            raise ValueError(f"{path}: {name} of shape {h['shape']} does not fit {b - a} bytes")
+    return table, 8 + n
+
+
+def views(path):
+    """{name: tensor} of a safetensors file, none of which is read before somebody looks at its
+    numbers.
+
+    Not safetensors' get_tensor: it looks at each tensor's first page, and the kernel reads
+    megabytes around it. Here a page is read when it is needed (RANDOM), or, by `fetch`, a tensor at
+    once (WILLNEED): as many bytes as are used. The mapping is private: writing to a view changes
+    no file.
+    """
+    table, begin = header(path)
+    with open(path, "rb") as f:
+        file = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_RANDOM"):  # Linux and macOS
+        file.madvise(mmap.MADV_RANDOM)
+    raw, out = torch.frombuffer(file, dtype=torch.uint8), {}
+    for name, h in table.items():
+        a, b = (begin + x for x in h["data_offsets"])
+        out[name] = raw[a:b].view(DTYPES[h["dtype"]]).view(h["shape"])
+        out[name].range = file, a // mmap.PAGESIZE * mmap.PAGESIZE, b
+    return out
+
+
+def fetch(tensors):
+    """Asks for the pages of tensors of a file before they are touched; of others there is nothing
+    to ask.
+    """
+    if hasattr(mmap, "MADV_WILLNEED"):
+        for t in tensors.values():
+            if hasattr(t, "range"):
+                file, a, b = t.range
+                file.madvise(mmap.MADV_WILLNEED, a, b - a)
