@@ -181,7 +181,7 @@ def survey(dir):
             "are read, no others"
         )
     try:
-        plan, kv = ondisk.by_tensors(ours(name) for _, name, _, _ in tensors)
+        plan, kv = ondisk.by_tensors({ours(name): dtype for _, name, dtype, _ in tensors})
     except ValueError as e:
         raise ValueError(f"{dir}: {e}") from None
     if plan:

@@ -44,22 +44,27 @@ EXPERT = re.compile(r"\.experts\.\d+\.(up|down)_proj$")
 # 1. What is quantised: said by the tensors, and by the JSON.
 
 
-def by_tensors(names):
-    """Names of stored tensors -> {module: kind}, [attention layers with k_scale or v_scale].
+def by_tensors(dtypes):
+    """{name: dtype as stored} of all tensors -> {module: kind}, [attention layers with k_scale or
+    v_scale].
 
     A matrix with a weight_scale_2 is NVFP4, with a weight_scale alone FP8. A layer's experts are
     one module, and must be of one kind.
     """
-    names, plan = set(names), {}
-    kv = sorted({n.rsplit(".", 2)[0] for n in names if n.endswith((".k_scale", ".v_scale"))})
-    for n in sorted(names):
-        if n.endswith(".weight_scale"):
-            m = n.removesuffix(".weight_scale")
-            four, inputs = f"{m}.weight_scale_2" in names, f"{m}.input_scale" in names
+    plan = {}
+    for n in sorted(dtypes):
+        lacking = {"U8": ("weight_scale", "weight_scale_2"), "F8_E4M3": ("weight_scale",)}
+        m, dot, leaf = n.rpartition(".")
+        for scale in lacking.get(dtypes[n], ()) if leaf == "weight" else ():
+            if f"{m}.{scale}" not in dtypes:
+                raise ValueError(f"{n} is {dtypes[n]}, that is codes, and {m}.{scale} is missing")
+        if leaf == "weight_scale":
+            four, inputs = f"{m}.weight_scale_2" in dtypes, f"{m}.input_scale" in dtypes
             kind = "FP8" if not four else "NVFP4" if inputs else "W4A16_NVFP4"
             base = EXPERT.sub(".experts", m)
             if plan.setdefault(base, kind) != kind:
                 raise ValueError(f"{m} is {kind}, other experts of its layer {plan[base]}")
+    kv = sorted({n.rsplit(".", 2)[0] for n in dtypes if n.endswith((".k_scale", ".v_scale"))})
     return plan, kv
 
 
