@@ -145,7 +145,8 @@ def product(x, kind, t, fast=False):
 
     The sum is in fp32 on a CPU: what was unpacked is in fp32 anyway.
     """
-    if fast and kind != "FP8" and len(x) <= FEW:
+    fast = fast and kind != "FP8" and len(x) <= FEW
+    if fast:
         from kernels.fp4 import decode
 
         codes = t["weight"], t["weight_scale"], t["weight_scale_2"]
