@@ -8,18 +8,14 @@ that Model Optimizer's numbers give in transformers' model.
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import attention
 import hf
-import sample
 from model import Config, Nemotron
 from quant import lowbit, ondisk, packed
 
