@@ -82,13 +82,14 @@ def child(args, log, picture):
     os._exit(code)
 
 
-def there(moment, run):
+def there(moment, run, after):
     """Whether it is now."""
     ckpt = run / "ckpt"
     if moment == "before the first checkpoint":
         return run.exists()
     if moment == "a checkpoint":
-        return ckpt.exists() and any(".pt." in p.name for p in ckpt.iterdir())
+        writing = ckpt.exists() and any(".pt." in p.name for p in ckpt.iterdir())
+        return writing and len(checkpoint.steps(run)) >= after
     return any("loss.png." in p.name for p in run.iterdir()) if run.exists() else False
 
 
@@ -99,9 +100,10 @@ def kill(args, log, run, moment, took):
         time.monotonic(),
     )
     wait = random.uniform(0, took) if moment == "anywhere" else None
+    after = random.randrange(4)  # checkpoints that are there already when one is interrupted
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         try:
-            now = time.monotonic() - began > wait if wait is not None else there(moment, run)
+            now = time.monotonic() - began > wait if wait is not None else there(moment, run, after)
         except FileNotFoundError:
             now = False
         if now:

@@ -3,6 +3,7 @@ predictions.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 import checkpoint
 import data
@@ -28,7 +30,7 @@ import hf
 import mtp
 import train
 from model import Config, Nemotron
-from scale import dryrun, parallel
+from scale import dryrun, parallel, shards
 from scale import ranks as many
 from training import pretrain
 from training.settings import RECIPES
@@ -394,6 +396,41 @@ def test_killed_workers_lose_nothing_that_was_committed(tmp_path, during, times=
     killed, halves = crash(tmp_path, "killed", times, during)
     assert killed > times // 2 and (halves > times // 2 or during == "step"), (killed, halves)
     assert alike(log(tmp_path / "killed"), log(tmp_path / "calm"))
+
+
+@pytest.mark.slow
+def test_a_run_on_ranks_is_kept_like_one_on_one(tmp_path):
+    """Two ranks: begun again without a checkpoint, refused while another writes, old checkpoints
+    removed only after the newest was read back, a spoiled one named and not gone on with.
+    """
+    out = ["train.py", "--out", tmp_path, "--name", "many"]
+    (tmp_path / "many" / "ckpt").mkdir(parents=True)
+    (tmp_path / "many" / "log.csv").write_text("step\n")
+    torchrun(2, *out, *RUN, "--ep", 2, "--keep", 1, "--stop", 4)
+    folder = tmp_path / "many"
+    assert [checkpoint.number(p) for p in checkpoint.shards(folder)] == [2, 4]
+    assert (folder / "left-1-log.csv").is_file() and not (folder / ".lock").exists()
+    with checkpoint.lock(folder):
+        refused = torchrun(2, *out, "--resume", check=False)
+    assert refused.returncode and "is in use: another process is writing" in refused.stderr
+    again = torchrun(2, *out, *RUN, check=False)
+    assert again.returncode and "already holds a run: --resume goes on with it (" in again.stderr
+    torchrun(2, *out, "--resume", "--from-step", 2)
+    assert (folder / "ckpt" / "left-2-step-00000004").is_dir()
+    assert [checkpoint.number(p) for p in checkpoint.shards(folder)] == [4, 6]
+    weights = shards.spoiled(checkpoint.shards(folder)[-1], 0)
+    assert weights == ""
+
+
+def test_a_part_that_cannot_be_read_back_is_named(tmp_path):
+    dcp.save(dict(model=dict(w=torch.ones(4), v=torch.ones(3))), checkpoint_id=tmp_path / "good")
+    assert shards.spoiled(tmp_path / "good", 0) == ""
+    dcp.save(dict(w=torch.tensor([1.0, math.nan])), checkpoint_id=tmp_path / "bad")
+    assert shards.spoiled(tmp_path / "bad", 0) == "w (1 of 2 numbers)"
+    (part,) = (tmp_path / "good").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-200])
+    assert shards.spoiled(tmp_path / "good", 0)
+    assert shards.spoiled(tmp_path / "good", 1) == ""  # another rank's
 
 
 def test_restarts_without_a_store_of_their_own_are_refused(monkeypatch):
