@@ -210,7 +210,9 @@ class Attention(nn.Module):
         return q, k
 
     def cache_scales(self):
-        """Those of a checkpoint whose keys and values are kept in FP8: k_scale, v_scale; else None."""
+        """Those of a checkpoint whose keys and values are kept in FP8: k_scale, v_scale; else
+        None.
+        """
         k, v = getattr(self.k_proj, "k_scale", None), getattr(self.v_proj, "v_scale", None)
         return None if k is None or v is None else (k, v)
 

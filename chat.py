@@ -20,7 +20,7 @@ Only the template says special tokens. What a user, a system text or a tool's re
 as ordinary text, whatever it looks like: no data can open a turn or close one.
 
     render    messages -> the text        parts    the same in parts: whose, and which are learned
-    encode    parts -> ids, learned       reply    a sampled text -> reasoning, content, calls, formed
+    encode    parts -> ids, learned       reply    a sampled text -> reasoning, content, calls
     parse     a rendered text -> messages
 
 Not here  what is asked: post/tasks.py. The paragraph in which the release explains how to call a

@@ -3,7 +3,7 @@ Data: a batch is a pure function of (seed, step, rank).
 
     corpus(spec)         train | val: the last 5 % of the text is never trained on
     encode(enc, train)   one long row of ids, by tokenizer.py
-    batch(ids, seed, step, size, length)   `size` windows of it, at places that a hash of (seed, step) names
+    batch(ids, seed, step, size, length)   `size` windows of it, where a hash of (seed, step) says
 
 So a run that resumes at step 1000 needs no data state, and two ranks of half a batch see what one
 rank sees.
@@ -14,8 +14,8 @@ perfect model would pay; and `facts`, which nothing but memory can answer: n ran
 bytes and two value bytes each, the loss on the values alone. 8,192 of them are 131 kbit, and a
 model that has them pays nothing.
 
-Not here  the network, except with --download; who sees whom: a blank line joins files, windows cross
-          it, and `documents` says where
+Not here  the network, except with --download; who sees whom: a blank line joins files, windows
+          cross it, and `documents` says where
 Sources   llm.c, nanoGPT (token files); Salmon et al. 2011 (Philox)
 """
 
@@ -200,7 +200,9 @@ def layout(path):
 
 
 def token_corpus(name, paths):
-    """If some files have the word `val` in their names, those are validation; else the last 5 % is."""
+    """If some files have the word `val` in their names, those are validation; else the last 5 %
+    is.
+    """
     ids, size, seen = {}, sum(p.stat().st_size for p in paths), sha256()
     for p in paths:
         kind, count, offset = layout(p)
@@ -253,8 +255,9 @@ def philox(seed, step, n):
 
 
 def task(name):
-    """recall  k3a7...?a7a7...  8 different letters each with a digit; then 8 times one of them and its digit
-    copy  hbac...|hbac...    16 letters from a to p, and again             arithmetic  347+058=0405
+    """recall      k3a7...?a7a7...    8 letters, each with a digit; then 8 times one of them
+    copy        hbac...|hbac...    16 letters from a to p, and again
+    arithmetic  347+058=0405       two numbers and their sum
     """
 
     def dice(draw, sides, *shape):
@@ -374,7 +377,8 @@ def describe(corpus, enc, train_tokens, val_tokens):
         some = torch.from_numpy(corpus.val[: 1 << 20].astype(np.int64))
         ratio = token_bytes(enc)[some].double().mean()
     return (
-        f"{corpus.name}: {corpus.size:,} bytes, {train_tokens:,} + {val_tokens:,} tokens of {enc.name}, "
+        f"{corpus.name}: {corpus.size:,} bytes, {train_tokens:,} + {val_tokens:,} tokens of "
+        f"{enc.name}, "
         f"{ratio:.2f} bytes/token, sha256 {corpus.sha256[:12]}"
     )
 

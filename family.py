@@ -31,7 +31,7 @@ IGNORED = set(
     time_step_rank""".split()
 )
 FIXED = dict(
-    attention_bias=False,  # transformers ignores this one and the next, so nothing says what they mean
+    attention_bias=False,  # transformers ignores this and the next: nothing says what they mean
     mamba_proj_bias=False,
     hidden_dropout=0.0,
     attention_dropout=0.0,
@@ -42,7 +42,7 @@ FIXED = dict(
     mlp_hidden_act="relu2",
     mamba_hidden_act="silu",
 )
-# What config.json must say of a letter that stands in a pattern; elsewhere it may say null or nothing.
+# What config.json must say of a letter that stands in a pattern; else it may say null or nothing.
 REQUIRED = {
     "M": "mamba_num_heads mamba_head_dim ssm_state_size n_groups conv_kernel".split(),
     "*": "num_attention_heads num_key_value_heads head_dim".split(),
@@ -51,7 +51,7 @@ REQUIRED = {
     "-": ["intermediate_size"],
 }
 OPTIONAL = {"E": ["n_group", "topk_group", "n_shared_experts", "norm_topk_prob"]}
-# The other names that released files or transformers have for a field. Two that disagree are refused.
+# Other names that released files or transformers have for a field. Two that disagree are refused.
 ALIASES = dict(
     attention_head_dim="head_dim",
     rms_norm_eps="layer_norm_epsilon",
@@ -75,12 +75,15 @@ HF_WORDS = dict(
 
 
 def read(given, known):
-    """config.json as {field: value}, of the fields `known`; ValueError names what cannot be honoured."""
+    """config.json as {field: value}, of the fields `known`; ValueError names what cannot be
+    honoured.
+    """
     given = spelled(dict(given))
     model_type, layers = given.get("model_type", "nemotron_h"), given.get("num_hidden_layers")
     if PATTERN not in given:
         raise ValueError(
-            f"config.json describes a {model_type!r} without a layer pattern, not a nemotron_h model"
+            f"config.json describes a {model_type!r} without a layer pattern, not a "
+            f"nemotron_h model"
         )
     if model_type != "nemotron_h":
         raise ValueError(f"model_type {model_type!r} is not nemotron_h")
@@ -108,7 +111,9 @@ def read(given, known):
 
 
 def spelled(given):
-    """config.json with one name for each field, and its patterns in letters. null is as good as absent."""
+    """config.json with one name for each field, and its patterns in letters. null is as good as
+    absent.
+    """
     for alias in ALIASES.keys() & given.keys():
         value, name = given.pop(alias), ALIASES[alias]
         if given.get(name) is None:
@@ -166,7 +171,9 @@ def needed(given):
 
 
 def main():
-    """Prints how one attention layer of each generation is spelled, and that they are read alike."""
+    """Prints how one attention layer of each generation is spelled, and that they are read
+    alike.
+    """
     common = dict(vocab_size=8, hidden_size=4, num_attention_heads=2, num_key_value_heads=1)
     for who, spelling in (
         ("Nemotron-H", dict(hybrid_override_pattern="*", attention_head_dim=2, rms_norm_eps=1e-5)),

@@ -9,8 +9,8 @@ For a prompt with g replies of rewards r_i, everything about reply i comes from 
 
     loss = sum over kept tokens of  (-w A rho + beta k3)  /  their number
       rho  = pi / pi_old            1 in value: one update a batch. Its gradient is that of log pi
-      w    = min(pi_old / pi_gen, 5)      what the trainer thinks of a token over what the generator did
-      kept : replies whose mean of exp|log pi_old - log pi_gen| is at most 2 (--overlong: with an end)
+      w    = min(pi_old / pi_gen, 5)      the trainer's opinion of a token over the generator's
+      kept : replies whose mean of exp|log pi_old - log pi_gen| is at most 2 (--overlong: that end)
       k3   = pi / pi_gen (e^x - 1 - x)    x = log pi_ref - log pi
 
 Generator and trainer run side by side, so the generator is one update behind (--lag 1), and new

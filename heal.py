@@ -7,7 +7,8 @@ knows, and its drafts fall more often; the text stays right (verification sees t
 comes slower. So freeze all but the block, and let it read what the model itself now says:
 
     prompts -> the model's own continuations x, drawn at temperature 1
-    loss  =  sum over depths k of   sum_w p(w | x_0 .. x_{t+k}) (-log p_k(w | x_0 .. x_t; x_{t+1} .. x_{t+k}))
+    loss  =  sum over depths k and words w of
+                 p(w | x_0 .. x_{t+k}) (-log p_k(w | x_0 .. x_t; x_{t+1} .. x_{t+k}))
 
 A continuation is drawn from p, the backbone's own distribution. The likelihood of the next token,
 p_k's as in training, therefore has this loss for its mean, and every draw adds noise; as p is at
@@ -109,7 +110,9 @@ def work(a):
 
 
 def mend(a):
-    """The work itself: acceptance before, the block's training, acceptance after, one checkpoint."""
+    """The work itself: acceptance before, the block's training, acceptance after, one
+    checkpoint.
+    """
     saved = checkpoint.read(a.run)
     model, enc, step = sample.load_run(a.run)
     if model.mtp is None:

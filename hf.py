@@ -8,8 +8,8 @@ these load:
 
     in the files                                                   in the model
     backbone.layers.7.mixer.q_proj.weight               (o, i)     the same
-    backbone.layers.1.mixer.experts.3.up_proj.weight    (f, l)     backbone.layers.1.mixer.experts.up_proj[3]
-    model.layers.1.mixer.experts.up_proj                (E, f, l)  backbone.layers.1.mixer.experts.up_proj
+    backbone.layers.1.mixer.experts.3.up_proj.weight    (f, l)     ....1.mixer.experts.up_proj[3]
+    model.layers.1.mixer.experts.up_proj                (E, f, l)  ....1.mixer.experts.up_proj
 
 `places(model)` is this table: each released name, and the piece of the model's memory that holds
 its numbers.
@@ -27,7 +27,8 @@ There may be memory for one copy of the model, so there are never two: load read
 empty one, save writes from where the numbers are. Beside it there is one tensor, or one shard if
 save changes the dtype.
 
-Letters   E experts  f expert hidden  l latent (the model width where there is none)  o, i outputs, inputs
+Letters   E experts  f expert hidden  l latent (the model width where there is none)
+          o, i outputs, inputs
 Not here  what quantised matrices are made of: quant/packed.py; their JSON, and files that are only
           mapped: quant/ondisk.py
 Sources   names of the released checkpoint; conversion_mapping.py of transformers 5.23
@@ -61,7 +62,9 @@ SMALL = (".A_log", ".D", ".dt_bias", ".gate.weight", ".gate.e_score_correction_b
 
 
 def pieces(name, t):
-    """A tensor of ours as released, {name: view}: a stack of experts is many, any other is itself."""
+    """A tensor of ours as released, {name: view}: a stack of experts is many, any other is
+    itself.
+    """
     layer, stacked, proj = name.partition(".experts.")
     proj += "" if "." in proj else ".weight"  # a packed stack has weight, weight_scale, ...
     return {f"{layer}.experts.{e}.{proj}": v for e, v in enumerate(t)} if stacked else {name: t}
@@ -177,7 +180,8 @@ def survey(dir):
     kinds = {dtype for _, _, dtype, _ in tensors}
     if odd := sorted(kinds - set(ondisk.DTYPES)):
         raise ValueError(
-            f"{dir} holds tensors in {', '.join(odd)}: of quantised ones NVFP4 (U8) and FP8 (F8_E4M3) "
+            f"{dir} holds tensors in {', '.join(odd)}: of quantised ones NVFP4 (U8) and FP8 "
+            f"(F8_E4M3) "
             "are read, no others"
         )
     try:
@@ -188,7 +192,8 @@ def survey(dir):
         ondisk.agree(dir, given, plan)
     if given.pop("quantization_config", None) and not plan:
         print(
-            f"{dir}: config.json has a quantization_config, but every tensor is {', '.join(sorted(kinds))}: "
+            f"{dir}: config.json has a quantization_config, but every tensor is "
+            f"{', '.join(sorted(kinds))}: "
             "loading them as they are"
         )
     config, mtp = Config.from_hf(given), any(name.startswith("mtp.") for _, name, _, _ in tensors)

@@ -383,7 +383,9 @@ class Flags:
 
 
 def described(folder):
-    """The Config that a folder's config.json describes; how its weights are stored plays no part."""
+    """The Config that a folder's config.json describes; how its weights are stored plays no
+    part.
+    """
     given = command.document(Path(folder) / "config.json")
     return Config.from_hf({k: v for k, v in given.items() if k != "quantization_config"})
 

@@ -5,22 +5,28 @@ A regular expression cuts the text into words, and each word is spelled by itsel
 
     start from its bytes; while two neighbours joined are in the table, join the pair of lowest id
 
-So the expression and the table (byte string -> id, the "ranks") are all there is to learn, save and load. To
-learn them: join the commonest pair of neighbours in a text, everywhere, and give it the next id; then again.
-Here the two always travel as a tiktoken.Encoding, which runs the rule:
+So the expression and the table (byte string -> id, the "ranks") are all there is to learn, save and
+load. To learn them: join the commonest pair of neighbours in a text, everywhere, and give it the
+next id; then again. Here the two always travel as a tiktoken.Encoding, which runs the rule:
 
-    bytes      256 entries, nothing to join           bpe:N    N ids, learned from the training split
-    nemotron   the release's, from a file you have    a path   tokenizer.json, tekken.json, or a saved `pack`
+    bytes      256 entries, nothing to join
+    bpe:N      N ids, learned from the training split
+    nemotron   the release's, from a file you have
+    a path     tokenizer.json, tekken.json, or a saved `pack`
 
-A loss per token means little across tokenizers; token_bytes turns it into bits per byte, which compares.
+A loss per token means little across tokenizers; token_bytes turns it into bits per byte, which
+compares.
 
 Letters   v vocabulary
-Not here  the inner loops: rustbpe learns, tiktoken spells (`halves` is the rule in slow motion); special
-          tokens in a text: spelled out, they are plain text (added tokens that are not special are
-          one id; what the post-processor begins a text with stands before a prompt, not in a corpus)
-Sources   arXiv:1508.07909 (learning); tiktoken (the rule); GPT-2's encoder.py (tokenizer.json's alphabet)
-Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 control tokens. All counts agree
-          with the release; only the release's own tokenizer.json names those 1,000 and could prove it.
+Not here  the inner loops: rustbpe learns, tiktoken spells (`halves` is the rule in slow motion);
+          special tokens in a text: spelled out, they are plain text (added tokens that are not
+          special are one id; what the post-processor begins a text with stands before a prompt,
+          not in a corpus)
+Sources   arXiv:1508.07909 (learning); tiktoken (the rule); GPT-2's encoder.py (tokenizer.json's
+          alphabet)
+Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 control tokens. All
+          counts agree with the release; only the release's own tokenizer.json names those 1,000 and
+          could prove it.
           A run of blanks is cut after every 65,536: no token is joined across that place
 """
 

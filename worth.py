@@ -1,7 +1,7 @@
 """
 What each part is worth: how much worse a trained model predicts the validation slice without it.
 
-    worth of a part  =  nll per token, the part's output replaced by zeros  -  nll per token as it is
+    worth of a part  =  nll per token, its output replaced by zeros  -  nll per token as it is
 
 The model is not trained again: what is measured is how much the others lean on the part. So the
 numbers do not add up to anything, and a part of no worth here is dead weight in this very model.
@@ -60,7 +60,9 @@ def random_experts(seed=0):
 
 
 def parts(model):
-    """{name: (the modules of it, whether random experts and not silence)}, of those the model has."""
+    """{name: (the modules of it, whether random experts and not silence)}, of those the model
+    has.
+    """
     mixers = [block.mixer for block in model.backbone.layers]
     kind = lambda cls: [m for m in mixers if isinstance(m, cls)]
     moe = kind(LatentMoE)

@@ -8,7 +8,7 @@ a circle is n:
 
     matches (1,2) (2,3) ... (n,1)    equal scores are parted: s_1 += 3.5 - r, s_2 += r - 3.5
     base_i  = mean of i's two matches
-    w_i     = 1 - (l_i - l_min) / (l_max - l_min), less its mean over the group   l: tokens of a part
+    w_i     = 1 - (l_i - l_min) / (l_max - l_min), less its group's mean     l: tokens of a part
     R_i     = base_i + a_think w_i^think + a_answer w_i^answer
               + bonus to the shortest reasoning and to the shortest answer, where base is among the
                 group's best fifth

@@ -32,8 +32,8 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def roll(model, prompts, group, room, end, generator=None, greedy=False, swap=None):
     """`group` replies to each prompt, of at most `room` tokens -> Rollouts, those of one prompt
-    side by side. swap: called with the number of each step; it may change the model's weights in the
-    middle of all replies, whose memory stays as it is.
+    side by side. swap: called with the number of each step; it may change the model's weights in
+    the middle of all replies, whose memory stays as it is.
     """
     device, cache = model.lm_head.weight.device, model.new_cache(len(prompts))
     logits = read(model, cache, prompts)  # (prompts, v)

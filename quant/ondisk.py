@@ -112,7 +112,8 @@ def agree(dir, given, plan):
         return
     if not isinstance(said, dict) or said.get("quant_method", "modelopt") != "modelopt":
         raise ValueError(
-            f"{dir}: quant_method {said.get('quant_method') if isinstance(said, dict) else said!r}: "
+            f"{dir}: quant_method "
+            f"{said.get('quant_method') if isinstance(said, dict) else said!r}: "
             "only modelopt's formats are read"
         )
     want = told(said, plan)
@@ -120,8 +121,10 @@ def agree(dir, given, plan):
     if wrong:
         m = wrong[0]
         raise ValueError(
-            f"{dir}: the quantisation config and the tensors disagree about {len(wrong)} modules, first "
-            f"{m}: {want.get(m) or 'not quantised'} there, {plan.get(m) or 'not quantised'} in the files"
+            f"{dir}: the quantisation config and the tensors disagree about {len(wrong)} "
+            f"modules, first "
+            f"{m}: {want.get(m) or 'not quantised'} there, {plan.get(m) or 'not quantised'} "
+            f"in the files"
         )
     if not plan and said.get("quant_algo"):
         raise ValueError(
@@ -180,7 +183,9 @@ OUT_PROJ += [57, 60, 62, 64, 66, 68, 71, 73, 75, 77, 80, 82, 84, 86]
 
 
 def super_map(pattern):
-    """Super's pattern of letters -> the release's {module: kind} and its layers with an FP8 cache."""
+    """Super's pattern of letters -> the release's {module: kind} and its layers with an FP8
+    cache.
+    """
     at = {letter: [i for i, x in enumerate(pattern) if x == letter] for letter in "ME*"}
     plan = {f"backbone.layers.{i}.mixer.experts": "NVFP4" for i in at["E"]}
     up, down = "shared_experts.up_proj", "shared_experts.down_proj"

@@ -179,7 +179,8 @@ class Codes(nn.Module):
     def _apply(self, fn, recurse=True):
         if fn(torch.empty(0)).dtype != torch.float32:
             raise ValueError(
-                f"a packed {self.kind} matrix of {tuple(self.shape)} keeps its dtypes: codes and scales "
+                f"a packed {self.kind} matrix of {tuple(self.shape)} keeps its dtypes: codes "
+                f"and scales "
                 "cannot be cast; load the checkpoint with the dtype that the rest shall have"
             )
         return super()._apply(fn, recurse)
@@ -290,12 +291,16 @@ def plan(model):
 
 
 def refuse(model, what):
-    """One sentence for those who need numbers that can change: `what` cannot take a packed model."""
+    """One sentence for those who need numbers that can change: `what` cannot take a packed
+    model.
+    """
     if found := plan(model)[0]:
         kinds = " and ".join(sorted(set(found.values())))
         raise ValueError(
-            f"{what}: {len(found)} modules of this model are packed ({kinds}; first {next(iter(found))}), "
-            "and codes cannot be trained, converted or cut up; take the checkpoint that is not quantised"
+            f"{what}: {len(found)} modules of this model are packed ({kinds}; first "
+            f"{next(iter(found))}), "
+            "and codes cannot be trained, converted or cut up; take the checkpoint that is "
+            "not quantised"
         )
 
 

@@ -132,7 +132,8 @@ def read(text, seed=0):
     kind, _, rounds = text.partition(":")
     if kind not in KINDS or rounds and not rounds.isdecimal():
         raise ValueError(
-            f"{text!r} is no format of the state: {', '.join(KINDS)}, or with Philox rounds, as fp16:5"
+            f"{text!r} is no format of the state: {', '.join(KINDS)}, or with Philox rounds, "
+            f"as fp16:5"
         )
     how = dict(kind=kind, rounds=int(rounds) if rounds else None, seed=seed)
     Store(**how)
@@ -158,7 +159,9 @@ def drift(kind, rounds, memory, tokens=8192, size=(8, 128), seed=0):
 
 
 def neighbours(rounds, n=1 << 14, block=128, seed=0):
-    """Spread of sums of 128 neighbours' noise, relative to that of independent noise: 1 is right."""
+    """Spread of sums of 128 neighbours' noise, relative to that of independent noise: 1 is
+    right.
+    """
     r = torch.cat(
         [
             noise(torch.empty(n), mix(torch.tensor(seed + k)), rounds).double().view(-1, block)
@@ -170,7 +173,9 @@ def neighbours(rounds, n=1 << 14, block=128, seed=0):
 
 
 def main():
-    """Prints what the file claims: what drifts and what does not, and how many rounds are enough."""
+    """Prints what the file claims: what drifts and what does not, and how many rounds are
+    enough.
+    """
     torch.manual_seed(0)
     words = philox(torch.zeros(1, dtype=torch.int64), 0)[0].tolist()
     print("Philox4x32-10 of counter 0, key 0:", " ".join(f"{w:08x}" for w in words))

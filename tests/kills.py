@@ -1,5 +1,5 @@
-"""Run by test_lifecycle.py: FOLDER KILLS SEED FLAGS. Forks processes that train by the command line and
-kills them at chosen and at random moments; then asks what a user would ask: the same command again.
+"""Run by test_lifecycle.py: FOLDER KILLS SEED FLAGS. Forks processes that train by the command
+line and kills them at chosen and at random moments; then gives the same command again.
 It begins again, or names the command that goes on, which is then taken. Prints what came of it.
 """
 
@@ -44,7 +44,9 @@ def same(a, b):
 
 
 def same_end(a, b):
-    """The last checkpoint and the log bit for bit but for the clock, the picture there, no leftovers."""
+    """The last checkpoint and the log bit for bit but for the clock, the picture there, no
+    leftovers.
+    """
     x, y = checkpoint.read(a), checkpoint.read(b)
     alike = all(same(x[k], y[k]) for k in ("model", "optimizer", "step", "tokens", "loads", "rng"))
     names = [p.name for p in (*b.iterdir(), *(b / "ckpt").iterdir())]

@@ -6,8 +6,8 @@ It needs a process of its own: transformers imports a package `kernels`, which o
 name would hide. DIR/jobs.json lists {name, ids, config}, and DIR/NAME/ours holds a model that
 hf.save wrote. For each job
 
-    ours     from_pretrained(DIR/NAME/ours): its logits for ids, and six greedy tokens (unless the job
-             says greedy: false)
+    ours     from_pretrained(DIR/NAME/ours): its logits for ids, and six greedy tokens (unless the
+             job says greedy: false)
     theirs   a model of `config` with random numbers everywhere: the same, and save_pretrained in
              both spellings,
              DIR/NAME/theirs (backbone., one tensor per expert) and DIR/NAME/stacked (model.,
@@ -56,7 +56,9 @@ def shake(model, seed, layers):
 
 @torch.no_grad()
 def answer(model, ids, greedy=True):
-    """{"": logits, ".greedy": six tokens}. Their generate wants an attention layer, for the length."""
+    """{"": logits, ".greedy": six tokens}. Their generate wants an attention layer, for the
+    length.
+    """
     model.eval()
     said = {"": model(ids, use_cache=False).logits}
     if greedy:

@@ -98,7 +98,9 @@ def test_what_is_rendered_can_be_read_back(messages):
 @settings(max_examples=60, deadline=None)
 @given(conversation(), some.sampled_from(chat.SPECIAL), some.integers(0, 9), some.data())
 def test_no_data_can_forge_a_turn(messages, tag, where, data_):
-    """A tag in what a system, a user or a tool says is ordinary text: as many special ids as before."""
+    """A tag in what a system, a user or a tool says is ordinary text: as many special ids as
+    before.
+    """
     places = [m for m in messages if m["role"] != "assistant"]
     forged = [dict(m) for m in messages]
     i = messages.index(places[where % len(places)])

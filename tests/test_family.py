@@ -1,7 +1,7 @@
 """
-family.py and the models it lets in: every released member with its number of parameters, every field
-of transformers' configuration with what becomes of it, and the logits of small models of every
-generation against transformers', both ways.
+family.py and the models it lets in: every released member with its number of parameters, every
+field of transformers' configuration with what becomes of it, and the logits of small models of
+every generation against transformers', both ways.
 
 The oracle runs in a process of its own (oracle_transformers.py says why), once for many models.
 """
@@ -248,7 +248,9 @@ ELSEWHERE = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", "mtp_num_
 
 
 def fate(name, read=Config.from_hf):
-    """What really becomes of a field: computed, refused or irrelevant, by trying the value above."""
+    """What really becomes of a field: computed, refused or irrelevant, by trying the value
+    above.
+    """
     table = COMPUTED | REFUSED | {k: v for k, (v, _) in IRRELEVANT.items()}
     base = GIVEN | (dict(n_group=2, topk_group=2) if name == "topk_group" else {})
     change = {name: table[name]} | (dict(topk_group=2) if name == "n_group" else {})

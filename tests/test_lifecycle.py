@@ -1,7 +1,7 @@
 """A run from its first byte to its picture: whatever stops it, at whatever moment, the command it
 offers goes on with it, and it ends as if nothing had been; what is not finite is never kept.
 
-    python -m pytest -m slow tests/test_lifecycle.py -s      a hundred kills, counted by their moment
+    python -m pytest -m slow tests/test_lifecycle.py -s    a hundred kills, counted by moment
 """
 
 import errno
@@ -255,7 +255,9 @@ FAILURES = (
 
 @pytest.mark.parametrize("name", ODD)
 def test_the_offered_command_goes_on_with_this_run(tmp_path, monkeypatch, name):
-    """Interrupted, out of disk, not finite, damaged: what is offered is taken by a shell's rules."""
+    """Interrupted, out of disk, not finite, damaged: what is offered is taken by a shell's
+    rules.
+    """
     text = tmp_path / "the text.txt"
     text.write_text("one two three four five six seven\n" * 60)
     a = run(tmp_path / "an out", "-", name=name, data=str(text), steps=6, save_every=2)
@@ -265,9 +267,10 @@ def test_the_offered_command_goes_on_with_this_run(tmp_path, monkeypatch, name):
         for when in (1, 4) if name == "plain" else (4,):
             b, real, said = replace(a, name=f"{name}{n}{when}"), train.gradient, []
 
-            def fails(*args, count=[0], failure=failure, when=when):
-                count[0] += 1
-                if count[0] == when:
+            count = iter(range(1, 10**6))
+
+            def fails(*args, count=count, failure=failure, when=when):
+                if next(count) == when:
                     raise failure
                 return real(*args)
 
@@ -573,7 +576,9 @@ def test_a_row_draws_by_its_own_seed_alone():
 
 
 def test_the_devices_generator_travels_too(monkeypatch):
-    """No GPU here: what is asked of torch.cuda is what counts, and that a step's draws need none."""
+    """No GPU here: what is asked of torch.cuda is what counts, and that a step's draws need
+    none.
+    """
     here, state = Here(), torch.arange(16, dtype=torch.uint8)
     here.device, here.recipe, given = torch.device("cuda"), object(), []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)

@@ -1,5 +1,5 @@
-"""Quantised checkpoints of Model Optimizer's own making: packed weights, their files, and all that is
-refused.
+"""Quantised checkpoints of Model Optimizer's own making: packed weights, their files, and all that
+is refused.
 
 golden/quantised holds three exports (mixed, NVFP4, FP8), the JSON of both spellings, and the logits
 that Model Optimizer's numbers give in transformers' model.

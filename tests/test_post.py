@@ -1,4 +1,6 @@
-"""Post-training: the equations by hand and against others' numbers, tasks, replies, both commands."""
+"""Post-training: the equations by hand and against others' numbers, tasks, replies, both
+commands.
+"""
 
 import ast
 import importlib.util
@@ -282,7 +284,9 @@ SMALL = replace(Config.preset("mini"), vocab_size=data.vocab_size(ENC))
 
 
 def test_replies_are_the_policys_own_and_their_log_probabilities_the_trainers():
-    """Cached generation of a group from one reading, rows leaving the batch, against packed rows."""
+    """Cached generation of a group from one reading, rows leaving the batch, against packed
+    rows.
+    """
     model = Nemotron(SMALL, seed=1).eval()
     prompts = [tasks.prompt(ENC, *a) for a in tasks.problems(tasks.mixture("sort,third"), 5, 0)]
     end = ENC.encode_single_token(chat.END)

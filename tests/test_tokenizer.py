@@ -455,7 +455,9 @@ def broken_files():
 
 
 def test_every_malformed_file_is_refused_by_name_or_read(tmp_path):
-    """A sentence that names the file, or (where the field does not matter) the ids of the whole one."""
+    """A sentence that names the file, or (where the field does not matter) the ids of the whole
+    one.
+    """
     path, refused = tmp_path / "odd.json", 0
     for what, content in broken_files():
         path.write_text(json.dumps(content), "utf-8")

@@ -8,8 +8,8 @@ Safety: what goes wrong around the steps of a run costs nothing but itself.
     ornament    picture, sample, log: where one fails, a line says what is missing
     offering    a run that is stopped says the command that goes on with it
 
-Not here  one writer a folder, nothing but finite numbers in a checkpoint: checkpoint.py; exit codes:
-          command.py
+Not here  one writer a folder, nothing but finite numbers in a checkpoint: checkpoint.py; exit
+          codes: command.py
 """
 
 import contextlib
@@ -56,7 +56,8 @@ def vacant(folder):
         )
     if any((Path(folder) / "ckpt").glob("*.pt")) or checkpoint.shards(folder):
         raise ValueError(
-            f"{folder} already holds a run: --resume goes on with it ({checkpoint.command(folder)}), "
+            f"{folder} already holds a run: --resume goes on with it "
+            f"({checkpoint.command(folder)}), "
             "--name starts another"
         )
 
@@ -70,7 +71,7 @@ def left(folder):
 
 def branch(folder, start):
     """Before a run goes on from step `start`, or begins (0): what another future of it left is kept
-    as left-N-..., with an N that no other has. The log is kept with the checkpoints that it tells of.
+    as left-N-..., with an N that no other has; the log with the checkpoints that it tells of.
     """
     later = [
         p
