@@ -112,7 +112,7 @@ def test_every_code_and_odd_places():
 @torch.no_grad()
 def test_a_packed_linear_is_a_linear_at_any_size(kind, o, i, rows):
     layer = packed.Packed(kind, o, i)
-    for name, b in layer.named_buffers():
+    for _name, b in layer.named_buffers():
         bits = torch.randint(0, 120, b.shape, dtype=torch.uint8)
         b.copy_(torch.rand(b.shape) if b.dtype == torch.float32 else bits.view(b.dtype))
     x = torch.randn(2, rows, i)
