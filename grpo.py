@@ -392,6 +392,12 @@ def check(run):
 def fit(run, say=print):
     """Practises (or goes on) as `run` says -> the Practice and the log, a list of dicts."""
     check(run)
+    with checkpoint.lock(run.folder()):
+        return learn(run, say)
+
+
+def learn(run, say):
+    """`fit` itself, in a folder that is this process's own."""
     if run.threads:
         torch.set_num_threads(run.threads)
     began, folder = time.process_time(), run.folder()

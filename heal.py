@@ -15,6 +15,7 @@ p_k's as in training, therefore has this loss for its mean, and every draw adds 
 hand, take the mean itself. It ends where p_k = p, and a draft stands with probability 1 - |p_k - p|
 / 2.
 
+    python heal.py --run runs/grpo --out runs/healed        from the replies of a run of grpo.py
     python heal.py --run runs/toy --out runs/healed         prints acceptance before and after
 
 Not here  how the backbone came to move; router biases stay as they are
@@ -25,14 +26,19 @@ Sources   arXiv:2604.12374 section 3.2: frozen backbone, NLL, the final model's 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import chat
 import checkpoint
 import command
 import data
+import mtp
 import sample
 from command import ENDLESS, knob
+from post import rollout, tasks
+from post.pack import Docs, lay, pack
 from speculate import Tally, rounds
 
 
@@ -60,9 +66,18 @@ def acceptance(model, tokens, d=7, rows=48, new=96, temperature=1.0, seed=0, rem
     return tally
 
 
-def heal(model, ids, steps, lr=1e-3, batch=16, seed=0):
-    """Trains the MTP block, and nothing else, on texts ids (n, t); yields the loss per position of
-    each depth.
+class Healed(NamedTuple):
+    """Of each depth, a token: the loss, and its excess over the least there is, p's own entropy."""
+
+    nats: list
+    excess: list
+
+
+def heal(model, ids, steps, lr=1e-3, batch=16, seed=0, number=None, mask=None):
+    """Trains the MTP block, and nothing else, on texts ids (n, t); yields what each step lost.
+
+    Of rows that hold several documents, number (n, t) says which (post/pack.py), and mask (n, t)
+    which tokens are the model's own words.
     """
     model.eval().requires_grad_(False)
     model.mtp.requires_grad_(True)
@@ -70,19 +85,27 @@ def heal(model, ids, steps, lr=1e-3, batch=16, seed=0):
     g = torch.Generator().manual_seed(seed)
     for step in range(steps):
         opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, (steps - step) / (0.5 * steps))
-        x = ids[torch.randint(len(ids), (batch,), generator=g)]
+        some = torch.randint(len(ids), (batch,), generator=g)
+        x, docs, w = ids[some], None, torch.ones_like(ids[some], dtype=torch.float32)
+        if number is not None:
+            docs = Docs(number[some])
+            x, w = x[:, :-1], docs.end(mask[some][:, 1:])  # w_t: whether what p_t predicts counts
         with torch.no_grad():  # no gradient reaches the backbone
-            h, embedded = model.hidden(x), model.backbone.embeddings(x)
+            h = model.hidden(x, docs=docs)
             p = model.lm_head(h).softmax(-1)
-        each = []
+        each, least = [], []
         for k in range(1, model.mtp.depths + 1):
-            h = model.mtp(h[:, :-1], embedded[:, k:], k)  # place t has read x_{t+k}, as p's t+k has
-            each.append(-(p[:, k:] * model.lm_head(h).log_softmax(-1)).sum(-1).mean())
+            x, p, w = (mtp.roll(v, docs) for v in (x, p, w))  # place t has read x_{t+k}, as p's t+k
+            h = model.mtp(h, model.backbone.embeddings(x), k, docs=docs)
+            loss = -(p * model.lm_head(h).log_softmax(-1)).sum(-1)
+            each.append((loss * w).sum() / w.sum())
+            least.append((torch.special.entr(p).sum(-1) * w).sum() / w.sum())
         opt.zero_grad()
         sum(each).backward()
         torch.nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
         opt.step()
-        yield [float(e.detach()) for e in each]
+        nats = [e.item() for e in each]
+        yield Healed(nats, [n - m.item() for n, m in zip(nats, least)])
     model.requires_grad_(True)
 
 
@@ -93,8 +116,14 @@ class Flags:
     steps: int = knob(128, "optimiser steps", least=1, most=ENDLESS)
     texts: int = knob(1024, "texts the model writes for itself", least=1, most=1 << 24, memory=True)
     length: int = knob(
-        128, "tokens of a text, of which 32 are the prompt", least=40, most=1 << 24, memory=True
+        128,
+        "tokens of a text, of which 32 are the prompt; of conversations: of a row of several",
+        least=40,
+        most=1 << 24,
+        memory=True,
     )
+    tasks: str = knob("", "heal from replies to these questions; empty: what the run practised")
+    batch: int = knob(16, "texts, or rows of conversations, a step", least=1, most=1 << 20)
     lr: float = knob(
         1e-3, "learning rate, falling to zero over the second half", above=0, most=1e30
     )
@@ -110,43 +139,69 @@ def work(a):
 
 
 def mend(a):
-    """The work itself: acceptance before, the block's training, acceptance after, one
-    checkpoint.
-    """
+    """Acceptance before, the block's training, acceptance after, one checkpoint."""
     saved = checkpoint.read(a.run)
     model, enc, step = sample.load_run(a.run)
     if model.mtp is None:
         raise ValueError(f"{a.run} has no MTP block to heal")
+    questions = a.tasks or saved["run"].get("tasks", "")
+    show, texts = (talking if questions else writing)(a, saved, model, enc, questions)
+    show("before")
+    for i, each in enumerate(heal(model, texts[0], a.steps, a.lr, a.batch, a.seed, *texts[1:]), 1):
+        if i % 25 == 0 or i in (1, a.steps):
+            depths = enumerate(zip(each.nats, each.excess), 1)
+            command.say(
+                f"step {i:4}  "
+                + "  ".join(f"depth {k}: {n:.3f}, {e:.3f} above the least" for k, (n, e) in depths)
+            )
+    show("after")
+    checkpoint.save(Path(a.out), step, dict(saved, model=model.state_dict(), optimizer=None))
+    command.say(f"wrote {a.out}; sample.py --run takes it")
+
+
+def writing(a, saved, model, enc, _):
+    """Of a run on text -> how to show acceptance, and the texts to learn from."""
     corpus = data.corpus(saved["run"]["data"])
     data.same_text(corpus, saved)
     train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
 
     def show(when):
         t = acceptance(model, val, seed=a.seed)
-        print(
+        command.say(
             f"{when:7} mean accepted length {t.tokens / t.rounds:.3f} of 8; by draft index "
-            + " ".join(f"{t.stood[k] / max(1, t.reached[k]):.3f}" for k in range(1, 8)),
-            flush=True,
+            + " ".join(f"{t.stood[k] / max(1, t.reached[k]):.3f}" for k in range(1, 8))
         )
 
-    show("before")
     rows = prompts(train, a.texts, 32, a.seed)
     own = lambda i: [a.seed + j for j in range(i, min(i + 64, a.texts))]
-    ids = torch.cat(
-        [
-            sample.generate(model, rows[i : i + 64], a.length - 31, 1.0, seed=own(i))
-            for i in range(0, a.texts, 64)
-        ]
-    )
-    for i, each in enumerate(heal(model, ids, a.steps, a.lr, seed=a.seed), 1):
-        if i % 25 == 0 or i in (1, a.steps):
-            print(
-                f"step {i:4}  " + "  ".join(f"depth {k}: {e:.3f}" for k, e in enumerate(each, 1)),
-                flush=True,
-            )
-    show("after")
-    checkpoint.save(Path(a.out), step, dict(saved, model=model.state_dict(), optimizer=None))
-    print(f"wrote {a.out}; sample.py --run takes it")
+    texts = [
+        sample.generate(model, rows[i : i + 64], a.length - 31, 1.0, seed=own(i))
+        for i in range(0, a.texts, 64)
+    ]
+    return show, (torch.cat(texts),)
+
+
+def talking(a, saved, model, enc, questions):
+    """Of a run of sft.py or grpo.py: the replies it gives, which alone are learned from."""
+    mixture, end = tasks.mixture(questions), enc.encode_single_token(chat.END)
+    room, draw = saved["run"].get("room", 40), torch.Generator().manual_seed(a.seed)
+
+    def show(when):
+        got = rollout.drafted(model, enc, mixture, seed=a.seed, room=room)
+        command.say(
+            f"{when:7} tokens a round of 5 drafts {rollout.mean(got.values()):.3f} of 6; "
+            + "  ".join(f"{task} {mode} {n:.2f}" for (task, mode), n in got.items())
+        )
+
+    asked = tasks.problems(mixture, a.texts, a.seed)
+    said = []
+    for i in range(0, a.texts, 256):
+        some = [tasks.prompt(enc, *one) for one in asked[i : i + 256]]
+        said += rollout.roll(model, some, 1, room, end, draw)
+    texts = [r.prompt + r.reply for r in said]
+    own = [[0.0] * len(r.prompt) + [1.0] * len(r.reply) for r in said]
+    number, ids, mask = lay(pack(texts, a.length), a.length, texts, own)
+    return show, (ids, number, mask)
 
 
 def main(argv=None):

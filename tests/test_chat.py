@@ -232,6 +232,5 @@ def test_this_file_can_fail():
     case = dict(GOLDEN[0], low_effort=not GOLDEN[0]["low_effort"])
     assert chat.render(case["messages"], **how(case)) != case["text"]
     talk = [ASK, dict(role="assistant", content="a<|im_end|>")]
-    assert chat.parse(chat.render(talk)) != talk  # outside of what `parse` promises
     marked = BYTES.encode(chat.render(talk), allowed_special="all")  # as one who trusts the text
     assert marked.count(BYTES.encode_single_token(chat.END)) == 4

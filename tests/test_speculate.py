@@ -235,14 +235,18 @@ def test_healing_trains_the_block_and_nothing_else():
     model, ids = agreeable(), torch.randint(31, (8, 24))
     before = copy.deepcopy(model.state_dict())
     each = list(heal.heal(model, ids, 30, 1e-2))
-    assert sum(each[-1]) < sum(each[0]) - 0.1 and len(each[0]) == 2
+    first, last = each[0], each[-1]
+    assert sum(last.nats) < sum(first.nats) - 0.1 and len(first.nats) == 2
+    assert 0 < sum(last.excess) < sum(first.excess) - 0.1
     moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
     assert moved and all(n.startswith("mtp.") for n in moved)
 
 
 def test_what_healing_minimises_is_the_mean_over_draws_of_the_next_token():
     model, x = built(dtype=torch.float64), torch.randint(31, (2, 9))
-    got = next(iter(heal.heal(model, x, 1, batch=64)))  # 64 of the two texts: both, about as often
+    got = next(
+        iter(heal.heal(model, x, 1, batch=64))
+    ).nats  # 64 of the two texts: both, about as often
     picked = (
         torch.randint(2, (64,), generator=torch.Generator().manual_seed(0)).bincount(minlength=2)
         / 64

@@ -64,7 +64,17 @@ HOUSE = {
         "training.safety",
         "training.world",
     ),
-    "heal": ("checkpoint", "data", "sample", "speculate"),
+    "heal": (
+        "chat",
+        "checkpoint",
+        "data",
+        "mtp",
+        "post.pack",
+        "post.rollout",
+        "post.tasks",
+        "sample",
+        "speculate",
+    ),
     "scale.release": ("checkpoint", "hf", "model", "quant.packed", "scale.ranks"),
     "worth": (
         "attention",
