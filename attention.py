@@ -34,9 +34,9 @@ class KV:
     """What an attention layer remembers: k and v (b, kv heads, L, e), and each row's length (b,).
 
     Rows may have read different amounts. The buffer doubles when it is full; what lies beyond a
-    row's own length is never looked at, so `drop`ping tokens from the end moves no data. With scales
-    (of keys, of values) the buffers hold E4M3 codes, half the bytes of bf16, and `append` answers
-    with their numbers.
+    row's own length is never looked at, so `drop`ping tokens from the end moves no data. With
+    scales (of keys, of values) the buffers hold E4M3 codes, half the bytes of bf16, and `append`
+    answers with their numbers.
     """
 
     holds = "k", "v", "length"

@@ -6,13 +6,15 @@ A module X of kind NVFP4 or FP8 is stored as X.weight, X.weight_scale and what p
 beside; that alone makes it quantised. The same is said twice more, for readers that decide before
 they open a file:
 
-    config.json            quantization_config: quant_algo, quantized_layers, config_groups, ignore, kv_cache_scheme
-    hf_quant_config.json   quantization: quant_algo, quantized_layers | exclude_modules, kv_cache_quant_algo
+    config.json            quantization_config: quant_algo, quantized_layers, config_groups,
+                           ignore, kv_cache_scheme
+    hf_quant_config.json   quantization: quant_algo, quantized_layers | exclude_modules,
+                           kv_cache_quant_algo
 
 MIXED_PRECISION lists every quantised module; NVFP4 and FP8 say it of all but those excluded. A name
-there is exact, or a piece of a module's path, or a pattern with *; a trailing * covers all below. Of
-experts the published files name every matrix, Model Optimizer's own a layer's, with a tail behind a
-zero byte. `told` understands them all; `agree` compares them with what the tensors say.
+there is exact, or a piece of a module's path, or a pattern with *; a trailing * covers all below.
+Of experts the published files name every matrix, Model Optimizer's own a layer's, with a tail
+behind a zero byte. `told` understands them all; `agree` compares them with what the tensors say.
 
 A file is mapped, not read (`views`): a page comes from the disk when somebody looks at its numbers,
 and `fetch` asks for a matrix at once, before it is touched page by page.

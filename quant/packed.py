@@ -4,7 +4,8 @@ used.
 
 A number of the release is a code and one or two scales, and in memory a matrix needs no more:
 
-    NVFP4   w = e2m1(code) fl(s two)   4.5 bits   weight (o, i/2) uint8, weight_scale (o, i/16) E4M3, weight_scale_2 ()
+    NVFP4   w = e2m1(code) fl(s two)   4.5 bits   weight (o, i/2) uint8, weight_scale (o, i/16) E4M3
+                                                  weight_scale_2 ()
     FP8     w = e4m3(code) s           8 bits     weight (o, i) E4M3, weight_scale ()
 
 `Packed` is a Linear that unpacks a few rows at a time and multiplies by them while they are in the
@@ -13,7 +14,7 @@ chose. Nothing else of the model notices: names and shapes are the release's.
 
 Serving rounds what goes in as well (W4A4, W8A8), with the tensor scale that calibration stored:
 
-    NVFP4   x -> e2m1(x / (s_b input_scale))   s_b from each 16 numbers of x, by the rule for weights
+    NVFP4   x -> e2m1(x / (s_b input_scale))   s_b from each 16 of x, by the rule for weights
     FP8     x -> e4m3(x / input_scale)         beyond 448 input_scale: 448 input_scale
 
 `rounded(model)` asks for that, keys and values included. Without it only weights are rounded

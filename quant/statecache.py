@@ -5,13 +5,13 @@ does not.
 A state is read, faded, written to and stored again at every token, so what rounding does to it is
 carried on:
 
-    S'_t = a_t S'_{t-1} + u_t + r_t        S'_t - S_t = r_t + a_t r_{t-1} + a_t a_{t-1} r_{t-2} + ...
+    S'_t = a_t S'_{t-1} + u_t + r_t      S'_t - S_t = r_t + a_t r_{t-1} + a_t a_{t-1} r_{t-2} + ...
 
 r is the rounding error. To the nearest it has a bias: an update smaller than half a step is lost,
 and lost again next time. At random, up as often as the number is near its upper neighbour, its mean
 is 0 and the sum averages out.
 
-    fp16         E5M10, to the nearest or at random: 13 random bits below the mantissa's last, then cut
+    fp16         E5M10, to the nearest or at random: 13 random bits below the last, then cut
     int8, int16  a scale for 128 neighbours, their largest magnitude / 127 or 32,767
     fp8          E4M3 with such a scale, / 448        bf16  to the nearest only
 
@@ -21,7 +21,7 @@ the same noise, which the 128 terms of y = S C add up. Arithmetic stays fp32, an
 output is read from the state before it is rounded.
 
 Letters   b batch  h heads  p head dim  n state
-Not here  8-bit storage: fp16 and bf16 states are held in 16 bits, the other formats' numbers in fp32
+Not here  8-bit storage: fp16 and bf16 states are held in 16 bits, the other formats' in fp32
 Sources   arXiv:2604.12374 section 4.3; FlashInfer's selective_state_update (13 bits, a word for
           each number); Salmon et al., SC 2011 (Philox)
 Departs   fp16 numbers below 2^-14 keep their steps of 2^-24, where older GPUs' emulation flushes
