@@ -43,7 +43,8 @@ SEEDS, STEPS = (0, 1, 2), 300
 MODEL = (
     "hybrid_override_pattern=ME*EME,hidden_size=64,num_attention_heads=2,num_key_value_heads=1,"
     "mamba_num_heads=4,ssm_state_size=16,n_routed_experts=8,num_experts_per_tok=2,moe_latent_size=32,"
-    "moe_intermediate_size=64,moe_shared_expert_intermediate_size=128,num_nextn_predict_layers=0"
+    "moe_intermediate_size=64,moe_shared_expert_intermediate_size=128,num_nextn_predict_layers=0,"
+    "routed_scaling_factor=2.5,initializer_range=0.04"
 )
 TABLE, PICTURE = ROOT / "receipts" / "nvfp4" / "ablation.csv", ROOT / "docs" / "nvfp4-ablation.png"
 
@@ -75,6 +76,7 @@ def measure():
                     steps=STEPS,
                     batch=8,
                     length=64,
+                    worth=False,
                     seed=seed,
                     lr=4e-3,
                     precision=precision,
