@@ -12,8 +12,10 @@ rest: sizes.
 
 Sources   the released config.json of each; arXiv:2504.03624 (Nemotron-H), 2508.14444 (Nano v2),
           2604.12374 table 1; NVIDIA's test model (tiny-nv)
-Departs   initializer_range is the 0.014 of pre-training; the released config.json's 0.02 was never
-          used
+          the recipes of NVIDIA's Megatron-Bridge: initial standard deviations 0.014 (Super, d=4096)
+          and 0.0173 (Nano, d=2688)
+Departs   initializer_range is pre-training's, by `initial_std`; the released config.json's 0.02 was
+          never used
 """
 
 from dataclasses import dataclass, fields
@@ -23,6 +25,14 @@ import family
 from command import knob
 
 LETTERS = {"M": "Mamba-2", "*": "attention", "E": "LatentMoE", "-": "MLP"}
+
+
+def initial_std(width):
+    """Standard deviation of the first matrices of a model so wide: 0.9 / sqrt(d), which is what both
+    recipes state, 0.014 at 4096 and 0.0173 at 2688. So a product with a normalised input has the
+    same size at any width.
+    """
+    return round(0.014 * (4096 / width) ** 0.5, 4)
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Config:
     )
     mtp_hybrid_override_pattern: str = knob("*E", least=1, most=64)
     layer_norm_epsilon: float = knob(1e-5, above=0, most=1)
-    initializer_range: float = knob(0.014, above=0, most=10)
+    initializer_range: float = knob(initial_std(4096), above=0, most=10)
     time_step_min: float = knob(
         0.001, "of the initial dt; nothing is ever clamped to it", above=0, most=1e4
     )
@@ -188,8 +198,9 @@ class Config:
 
 
 PRESETS = dict(
-    # minutes on two CPU cores: all three mixers, a latent at half the width, eight experts and a
-    # shared one
+    # Minutes on two CPU cores: all three mixers, a latent at half the width. The routed path is five
+    # matrices in a row and starts far below the shared expert; Super has a million steps to lift
+    # it, this toy 840, so that it gets a small shared expert and a scale of 25 instead of Super's 5.
     toy=dict(
         hybrid_override_pattern="MEMEM*EME",
         vocab_size=2048,
@@ -202,15 +213,15 @@ PRESETS = dict(
         ssm_state_size=32,
         n_groups=2,
         chunk_size=32,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
+        n_routed_experts=32,
+        num_experts_per_tok=6,
         moe_latent_size=64,
         moe_intermediate_size=128,
-        moe_shared_expert_intermediate_size=256,
-        routed_scaling_factor=2.5,
+        moe_shared_expert_intermediate_size=64,
+        routed_scaling_factor=25.0,
         intermediate_size=512,
-        initializer_range=0.04,
-    ),  # 0.014 suits d=4096; narrow starts faster so
+        initializer_range=initial_std(128),
+    ),
     # NVIDIA's own test model (recipes/super3/tiny_model.py), at the full vocabulary
     **{
         "tiny-nv": dict(
@@ -243,6 +254,7 @@ PRESETS = dict(
         moe_intermediate_size=672,
         moe_shared_expert_intermediate_size=1344,
         routed_scaling_factor=2.5,
+        initializer_range=initial_std(768),
     ),
     # as small as still learns to sort and to answer: 0.3 M parameters, for sft.py and grpo.py
     mini=dict(
@@ -300,6 +312,7 @@ PRESETS = dict(
         intermediate_size=1856,
         routed_scaling_factor=2.5,
         num_nextn_predict_layers=0,
+        initializer_range=initial_std(2688),
     ),
     super=dict(),
 )
