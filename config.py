@@ -28,9 +28,9 @@ LETTERS = {"M": "Mamba-2", "*": "attention", "E": "LatentMoE", "-": "MLP"}
 
 
 def initial_std(width):
-    """Standard deviation of the first matrices of a model so wide: 0.9 / sqrt(d), which is what both
-    recipes state, 0.014 at 4096 and 0.0173 at 2688. So a product with a normalised input has the
-    same size at any width.
+    """Standard deviation of the first matrices of a model so wide: 0.9 / sqrt(d), which is what
+    both recipes state, 0.014 at 4096 and 0.0173 at 2688. So a product with a normalised input has
+    the same size at any width.
     """
     return round(0.014 * (4096 / width) ** 0.5, 4)
 
@@ -198,9 +198,11 @@ class Config:
 
 
 PRESETS = dict(
-    # Minutes on two CPU cores: all three mixers, a latent at half the width. The routed path is five
+    # Minutes on two CPU cores: all three mixers, a latent at half the width. The routed path is
+    # five
     # matrices in a row and starts far below the shared expert; Super has a million steps to lift
-    # it, this toy 840, so that it gets a small shared expert and a scale of 25 instead of Super's 5.
+    # it, this toy 840, so that it gets a small shared expert and a scale of 25 instead of Super's
+    # 5.
     toy=dict(
         hybrid_override_pattern="MEMEM*EME",
         vocab_size=2048,
