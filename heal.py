@@ -44,6 +44,10 @@ from speculate import Tally, rounds
 
 def prompts(tokens, n, length, seed):
     """n windows of `length` tokens, evenly spread, the first chosen by seed.   -> (n, length)"""
+    if n < 1 or length < 1 or len(tokens) < length + n:
+        raise ValueError(
+            f"{n} windows of {length} tokens need {length + n:,} tokens, and there are {len(tokens):,}"
+        )
     step = (len(tokens) - length) // n
     at = [i * step + seed * 7919 % step for i in range(n)]
     return torch.stack([torch.as_tensor(tokens[i : i + length].astype("int64")) for i in at])

@@ -3,11 +3,11 @@
 from dataclasses import fields
 
 import pytest
+from inputs import CHANGES, PROGRAMS, Input, flags, overrides, program, tried, wrong
+from test_structure import HOUSE, file
 
 import command
 from config import Config
-from inputs import CHANGES, PROGRAMS, Input, flags, overrides, program, tried, wrong
-from test_structure import HOUSE, file
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
