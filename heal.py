@@ -34,6 +34,7 @@ import chat
 import checkpoint
 import command
 import data
+import hf
 import mtp
 import sample
 from command import ENDLESS, knob
@@ -127,6 +128,7 @@ class Flags:
         memory=True,
     )
     tasks: str = knob("", "heal from replies to these questions; empty: what the run practised")
+    release: str = knob("", "also write the healed model here, in the released layout")
     batch: int = knob(16, "texts, or rows of conversations, a step", least=1, most=1 << 20)
     lr: float = knob(
         1e-3, "learning rate, falling to zero over the second half", above=0, most=1e30
@@ -136,6 +138,8 @@ class Flags:
 
 def work(a):
     sample.quicken()
+    if a.release and Path(a.release).exists():
+        raise ValueError(f"{a.release} is there already: --release names a new folder")
     if Path(a.out).exists():
         raise ValueError(f"{a.out} is there already: --out names a new folder")
     with checkpoint.lock(a.out):
@@ -161,6 +165,9 @@ def mend(a):
     show("after")
     checkpoint.save(Path(a.out), step, dict(saved, model=model.state_dict(), optimizer=None))
     command.say(f"wrote {a.out}; sample.py --run takes it")
+    if a.release:
+        hf.save(model, a.release, enc=enc if questions else None)
+        command.say(f"wrote {a.release}; sample.py --hf takes it")
 
 
 def writing(a, saved, model, enc, _):

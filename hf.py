@@ -55,6 +55,7 @@ import checkpoint
 import command
 from command import LONGEST, knob
 from model import Config, Nemotron
+from post import release
 from quant import ondisk, packed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -296,9 +297,9 @@ def view(model, dir, tensors):
 
 
 @torch.no_grad()
-def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
+def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False, enc=None):
     """Writes the tensors and config.json in the released layout; dtype None keeps what each tensor
-    has.
+    has. With enc, also what other engines chat by: post/release.py.
     """
     dir, table, (plan, kv) = Path(dir), places(model), packed.plan(model)
     if dtype and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -352,6 +353,8 @@ def save(model, dir, dtype=None, shard_bytes=5e9, overwrite=False):
             Path(new, file).replace(dir / file)
         if "hf_quant_config.json" not in texts:
             (dir / "hf_quant_config.json").unlink(missing_ok=True)
+    if enc:
+        release.beside(dir, enc)
 
 
 def layout(config, plan=(), kv=()):

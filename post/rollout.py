@@ -109,8 +109,9 @@ def evaluate(model, enc, weights, n=100, seed=0, room=40):
 
 def drafted(model, enc, weights, drafts=5, n=60, seed=0, room=40):
     """Tokens of a reply that a round of drafting and verifying yields, by task and mode, on
-    held-out problems: 1 to drafts + 1. Drafts beyond <|im_end|>, which nobody reads, do not count;
-    so short replies have little to win. Empty without an MTP block."""
+    held-out problems: 1 to drafts + 1. Drafts beyond <|im_end|>, which nobody reads, do not count,
+    so short replies have little to win. Empty without an MTP block.
+    """
     out, end = {}, enc.encode_single_token(chat.END)
     if model.mtp is None:
         return out

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import math
+import re
 import types
 from collections import defaultdict
 from dataclasses import replace
@@ -18,10 +19,13 @@ import chat
 import checkpoint
 import data
 import grpo
+import heal
+import hf
+import sample
 import sft
 from config import Config
 from model import Nemotron
-from post import rlhf, rollout, tasks
+from post import release, rlhf, rollout, tasks
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/grpo.json").read_text())
 THIRD = math.sqrt(1 / 3)
@@ -328,6 +332,55 @@ def test_taking_rows_of_a_cache_leaves_the_others_as_they_were():
     close(got, want[[2, 0, 0]], 1e-5)
 
 
+# post/release.py
+
+
+@pytest.mark.parametrize("index", range(20))
+def test_other_engines_render_the_same(index):
+    jinja2 = pytest.importorskip("jinja2")
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    case = json.loads((Path(__file__).parent / "golden/chat.json").read_text("utf-8"))[index]
+    where = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    assert jinja2.__version__
+    where.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
+    text = where.from_string(release.template("\n\nHOW TO CALL")).render(
+        messages=case["messages"],
+        tools=case["tools"],
+        add_generation_prompt=case["generate"],
+        enable_thinking=case["thinking"],
+        low_effort=case["low_effort"],
+        truncate_history_thinking=case["truncate"],
+    )
+    assert text == case["text"]
+
+
+def test_other_engines_cut_the_same(tmp_path):
+    said = [
+        chat.render([*p.messages, p.demos[m]])
+        for p, m in tasks.problems(tasks.mixture("sort,make"), 400, 0)
+    ]
+    enc = chat.with_special(data.tokenizer("bpe:300", "\n".join(said)))
+    hf.save(Nemotron(replace(SMALL, vocab_size=data.vocab_size(enc))), tmp_path, enc=enc)
+    again = data.tokenizer(str(tmp_path))
+    assert again._mergeable_ranks == enc._mergeable_ranks
+    assert again._special_tokens == enc._special_tokens
+    assert hf.load(tmp_path).config.vocab_size == data.vocab_size(enc)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [enc.encode_single_token(chat.END)]
+    assert (tmp_path / "chat_template.jinja").read_text("utf-8") == release.template()
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [*said[:20], "sort 12\n\n  üñ ✓ make 3*8-2"]:
+        ids, _ = chat.encode(enc, [chat.Part(t, t in chat.SPECIAL) for t in cut(text)])
+        assert theirs.encode(text).ids == ids
+
+
+def cut(text):
+    """A text at its special tokens."""
+    return [t for t in re.split("(" + "|".join(map(re.escape, chat.SPECIAL)) + ")", text) if t]
+
+
 # the two commands
 
 TINY = "--threads 1 --questions 2 --room 12 --log-every 1".split()
@@ -441,6 +494,21 @@ def refused(command, where, flags, capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_healing_and_sampling_from_conversations(runs, tmp_path, capsys):
+    flags = "--steps 3 --texts 8 --length 100 --batch 2".split()
+    out = ["--out", str(tmp_path / "healed"), "--release", str(tmp_path / "released")]
+    heal.main(["--run", str(runs / "late"), *out, *flags])
+    said = capsys.readouterr().out
+    assert "above the least" in said and "tokens a round of 5 drafts" in said
+    before, after = (checkpoint.read(p)["model"] for p in (runs / "late", tmp_path / "healed"))
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved and all(n.startswith("mtp.") for n in moved)
+    ask = ["--prompt", "sort 312", "--max-new-tokens", "5", "--seed", "1"]
+    for where in (["--run", str(tmp_path / "healed")], ["--hf", str(tmp_path / "released")]):
+        sample.main([*where, "--chat", "low", *ask])
+        assert capsys.readouterr().out.startswith("sort 312")
+
+
 def test_your_own_conversations_are_learned(runs, tmp_path):
     tool = dict(name="add", parameters=dict(properties=dict(a=dict(type="number"))))
     call = dict(type="function", function=dict(name="add", arguments='{"a": 1}'))
@@ -512,6 +580,17 @@ def test_bad_beginnings_end_in_a_sentence(runs, tmp_path, capsys):
         (["--base", str(runs / "a"), "--lag", "2"], "--lag"),
     ):
         assert match in refused(grpo, tmp_path, flags, capsys)
+
+
+def quoted():
+    page = (Path(__file__).parent.parent / "docs/post_training.md").read_text("utf-8")
+    return re.findall(r"\| ([\w/]+\.py) `(.+)` \|", page)
+
+
+def test_the_page_quotes_the_lines_that_compute():
+    assert len(quoted()) > 10
+    for name, line in quoted():
+        assert line in (Path(__file__).parent.parent / name).read_text("utf-8"), (name, line)
 
 
 def test_this_file_can_fail():
