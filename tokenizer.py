@@ -197,27 +197,42 @@ def from_tekken(d):
     return table("tekken", d["config"]["pattern"], ranks, special)
 
 
+def need(ok, why):
+    """What a regex and a table cannot say is refused by name."""
+    if not ok:
+        raise ValueError(f"tokenizer.json does not fit a tiktoken table: {why}")
+
+
 def from_hugging_face(d):
     """tokenizer.json -> the same ids, or a refusal that names what a regex and a table cannot say.
 
     The file lists which pairs may join and in which order; our rule knows only ids. They agree on
     every word if the list is in the order of the ids it makes, and has the last join of each entry:
     two neighbours that could make an entry grew from their bytes just as they do when that entry is
-    the whole word."""
-
-    def need(ok, why):
-        if not ok:
-            raise ValueError(f"tokenizer.json does not fit a tiktoken table: {why}")
-
-    model, pre, added = d["model"], d.get("pre_tokenizer") or {}, d.get("added_tokens") or []
+    the whole word.
+    """
+    model, added = d["model"], d.get("added_tokens") or []
     kind = model.get("type") or ("BPE" if "merges" in model else "unnamed")
     need(kind == "BPE", f"its model is {kind}, not BPE")
     for field in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         need(not model.get(field), f"{field} is {model.get(field)!r}")
     need(not d.get("normalizer"), f"its normalizer changes the text first: {d.get('normalizer')}")
+    regex = one_regex(d.get("pre_tokenizer") or {})
+    whole = spelled_whole(added)
+    special = {t["content"]: t["id"] for t in added}
+    byte = byte_level()
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    for token in vocab:
+        need(byte.keys() >= set(token), f"token {token!r} is not in ByteLevel's alphabet")
+    ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
+    need(all(bytes([b]) in ranks for b in range(256)), "some single bytes have no id")
+    check_merges(model["merges"], byte, ranks)
+    begin = beginning(d.get("post_processor"))
+    return table("tokenizer.json", regex, ranks, special, begin, whole)
 
-    # 1. One regular expression. Several in a row are not one: each cuts what the one before has
-    # left.
+
+def one_regex(pre):
+    """The expression that cuts words. Several in a row are not one: each cuts the one's before."""
     *cuts, last = pre.get("pretokenizers") or [pre]
     need(
         last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
@@ -232,53 +247,55 @@ def from_hugging_face(d):
         )
     regex = [c["pattern"]["Regex"] for c in cuts] + [GPT2_WORDS] * last.get("use_regex", True)
     need(len(regex) == 1, f"its pre-tokenizer splits {len(regex)} times, not once")
+    return regex[0]
 
-    # 2. One table. ByteLevel writes a byte as a visible character: itself, or the next free one
-    # from U+0100.
+
+def byte_level():
+    """ByteLevel's character for each byte -> the byte: itself, or the next free one from U+0100."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in seen]
-    byte = dict(zip(map(chr, [*seen, *range(256, 512)]), seen + rest))
-    special = {t["content"]: t["id"] for t in added}
-    whole = [t["content"] for t in added if not t.get("special")]
-    for t in added:
+    return dict(zip(map(chr, [*seen, *range(256, 512)]), seen + rest))
+
+
+def spelled_whole(added):
+    """The added tokens that plain text may hold, cut out of it before any word is."""
+    plain = [t for t in added if not t.get("special")]
+    for t in plain:
         for field in ("single_word", "lstrip", "rstrip"):
             need(
-                t.get("special") or not t.get(field),
+                not t.get(field),
                 f"added token {t['content']!r} has {field}, which depends on what is around it",
             )
     need(
-        len({t.get("normalized", True) for t in added if not t.get("special")}) < 2,
+        len({t.get("normalized", True) for t in plain}) < 2,
         "some added tokens are normalized and others are not: they are found one kind at a time",
     )
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    for token in vocab:
-        need(byte.keys() >= set(token), f"token {token!r} is not in ByteLevel's alphabet")
-    ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
-    need(all(bytes([b]) in ranks for b in range(256)), "some single bytes have no id")
+    return [t["content"] for t in plain]
 
-    # 3. Merges that the ids alone give back.
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+
+def check_merges(listed, byte, ranks):
+    """Whether the ids alone give the listed merges back."""
+    merges = [m.split(" ") if isinstance(m, str) else m for m in listed]
     merges = [tuple(bytes(byte[c] for c in half) for half in m) for m in merges]
-    made, listed = [ranks.get(b"".join(m), -1) for m in merges], set(merges)
+    made = [ranks.get(b"".join(m), -1) for m in merges]
     for i, (before, here) in enumerate(zip([0] + made, made)):
         need(
             before <= here,
             f"merge {i} makes id {here} after id {before}: merge order is not id order",
         )
+    merges = set(merges)
     for token, i in ranks.items():
         need(
-            len(token) == 1 or halves(token, ranks) in listed,
+            len(token) == 1 or halves(token, ranks) in merges,
             f"its merges do not make id {i}, {token!r}",
         )
-    begin = beginning(d.get("post_processor"), need)
-    return table("tokenizer.json", regex[0], ranks, special, begin, whole)
 
 
-def beginning(post, need):
+def beginning(post):
     """The ids that a post-processor puts before a text. One that does more than that is refused."""
     kind, found = post and post.get("type"), []
     if kind == "Sequence":
-        parts = [beginning(p, need) for p in post["processors"]]
+        parts = [beginning(p) for p in post["processors"]]
         need(sum(map(bool, parts)) < 2, "several post-processors add tokens")
         return next(filter(None, parts), [])
     if kind in (None, "ByteLevel"):

@@ -18,21 +18,18 @@ at all:
     dW_down,e = sum p_r y_t hid_r^T   the same
 
 grid     _grouped (row tiles x column tiles): a tile of rows has one expert; 8 tiles share a column
-         of weights
-         in cache. Their number is not known on the host and nobody waits for it: at most m k/BM +
-         E, the surplus returns at once, so a CUDA graph can hold all of this. _weights (columns,
-         columns, E).
+         of weights in cache. Their number is not known on the host and nobody waits for it: at most
+         m k/BM + E, the surplus returns at once, so a CUDA graph can hold all of this.
+         _weights (columns, columns, E).
 traffic  Super, 8192 tokens, bf16: weights 2.8 GB each way, hid 0.97 GB written and read, rows 0.37
-         + 0.37 GB,
-         combine 0.39 GB. Gathering inside saves the copy of c by slot, the epilogue two passes over
-         hid. At 256 tokens all is weights, 5.6 GB; at one, 22 experts of them, 0.24 GB.
+         + 0.37 GB, combine 0.39 GB. Gathering inside saves the copy of c by slot, the epilogue two
+         passes over hid. At 256 tokens all is weights, 5.6 GB; at one, 22 experts of them, 0.24 GB.
 numbers  products of c's type, sums fp32, one rounding where something is stored. Sorted stably,
-         summed in a
-         fixed order, no atomics: the same bits every time, whatever experts the neighbours chose.
+         summed in a fixed order, no atomics: the same bits every time, whatever experts the
+         neighbours chose.
 sizes    BM 128 where an expert has 64 rows or more on average, 16 below, where weights are all that
-         matters;
-         BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill. fp32: 64, 64, 32, for
-         checking.
+         matters; BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill.
+         fp32: 64, 64, 32, for checking.
 Not here the sort, which is torch's; quantised experts
 Sources  arXiv:2512.14080 for not keeping `out`; tiles from the compiler's tables, not from a
          stopwatch
@@ -44,6 +41,31 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from kernels import on_gpu
+
+
+@triton.jit
+def _place(TILES, columns):
+    """This program's row tile and column tile: 8 row tiles, then the next column."""
+    pid = tl.program_id(0)
+    group = pid // (8 * columns) * 8
+    high = tl.minimum(TILES - group, 8)
+    return group + pid % (8 * columns) % high, pid % (8 * columns) // high
+
+
+@triton.jit
+def _product(acc, a, w, ok, within, i, I, stride, BK: tl.constexpr, EVEN: tl.constexpr):
+    """acc + a w over all I columns of a, BK at a time; EVEN: they divide into BK."""
+    for k in range(0, I, BK):
+        if EVEN:
+            x = tl.load(a, mask=ok[:, None], other=0.0)
+            y = tl.load(w, mask=within[None, :], other=0.0)
+        else:
+            x = tl.load(a, mask=ok[:, None] & (k + i < I)[None, :], other=0.0)
+            y = tl.load(w, mask=within[None, :] & (k + i < I)[:, None], other=0.0)
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+        a += BK
+        w += stride
+    return acc
 
 
 @triton.jit
@@ -75,10 +97,8 @@ def _grouped(
     """OUT_r = A_r W_e^T, W (E, O, I); TURN: W (E, I, O). GATHER: A's rows are tokens. BACK: the
     epilogue of z.
     """
-    pid, columns = tl.program_id(0), tl.cdiv(O, BN)
-    group = pid // (8 * columns) * 8  # 8 row tiles, then the next column
-    high = tl.minimum(TILES - group, 8)
-    tile, col = group + pid % (8 * columns) % high, pid % (8 * columns) // high
+    columns = tl.cdiv(O, BN)
+    tile, col = _place(TILES, columns)
     e = tl.load(EXPERT + tile)
     if e >= E:  # the surplus
         return
@@ -95,16 +115,7 @@ def _grouped(
     else:
         w = W + e.to(tl.int64) * I * O + n[None, :] * I + i[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, I, BK):
-        if EVEN:
-            x = tl.load(a, mask=ok[:, None], other=0.0)
-            y = tl.load(w, mask=within[None, :], other=0.0)
-        else:
-            x = tl.load(a, mask=ok[:, None] & (k + i < I)[None, :], other=0.0)
-            y = tl.load(w, mask=within[None, :] & (k + i < I)[:, None], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision="ieee")
-        a += BK
-        w += BK * O if TURN else BK
+    acc = _product(acc, a, w, ok, within, i, I, BK * O if TURN else BK, BK, EVEN)
     own = r0.to(tl.int64) * O + m[:, None] * O + n[None, :]
     both = ok[:, None] & within[None, :]
     if RELU2:
@@ -167,24 +178,17 @@ def _weights(
             other=0.0,
         )
         if WEIGH:
-            x = (
-                x.to(tl.float32) * tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)[None, :]
-            ).to(x.dtype)
+            gate = tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) * gate[None, :]).to(x.dtype)
         acc = tl.dot(x, y, acc, input_precision="ieee")
         rows += BR * I
     at = OUT + e.to(tl.int64) * I * J
     if TURN:
-        tl.store(
-            at + j[:, None] * I + i[None, :],
-            acc.T.to(OUT.dtype.element_ty),
-            mask=(j < J)[:, None] & (i < I)[None, :],
-        )
+        both = (j < J)[:, None] & (i < I)[None, :]
+        tl.store(at + j[:, None] * I + i[None, :], acc.T.to(OUT.dtype.element_ty), mask=both)
     else:
-        tl.store(
-            at + i[:, None] * J + j[None, :],
-            acc.to(OUT.dtype.element_ty),
-            mask=(i < I)[:, None] & (j < J)[None, :],
-        )
+        both = (i < I)[:, None] & (j < J)[None, :]
+        tl.store(at + i[:, None] * J + j[None, :], acc.to(OUT.dtype.element_ty), mask=both)
 
 
 def tiles(dtype, rows, E):

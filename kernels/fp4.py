@@ -112,6 +112,46 @@ def _amax(
     tl.atomic_max(AMAX + _owner(OWNER, rm, rk, R, M, K, BY), top)
 
 
+@triton.jit
+def _scales(x, amax, BM: tl.constexpr, NB: tl.constexpr, SQUARE: tl.constexpr):
+    """Each block's s_b, and what multiplies it: [BM, NB] both. nvfp4.scales, in its order."""
+    scale = tl.minimum(tl.div_rn(2688.0, amax), BIG)  # S
+    scale = tl.where((amax == 0) | (scale == 0), 1.0, scale)
+    block = tl.max(tl.abs(x), 2)  # [BM, NB]
+    if SQUARE:
+        block = tl.max(block.reshape(BM // 16, 16, NB), 1)
+        block = tl.broadcast_to(block[:, None, :], (BM // 16, 16, NB)).reshape(BM, NB)
+    s = _e4m3(block * (scale * 0.16666667163372040))  # fl(1/6)
+    product = s * tl.div_rn(1.0, scale)
+    e = tl.minimum(tl.div_rn(1.0, tl.where(product == 0, 1.0, product)), BIG)
+    return s, tl.where(product == 0, BIG, e)
+
+
+@triton.jit
+def _nearest(a):
+    """a >= 0 to the nearest number of E2M1, ties to the even code."""
+    magic = _step(a) * 12582912.0  # 1.5 2^23: no bits below the step
+    return (a + magic) - magic
+
+
+@triton.jit
+def _up(a, noise):
+    """a >= 0 rounded up as often as it is near its upper neighbour on E2M1's grid."""
+    a = a + noise * 0.00390625 * _step(a)  # exact product: fma or not
+    step = _step(a)
+    return tl.floor(a / step) * step
+
+
+@triton.jit
+def _drawn(seed, rm, K, BM: tl.constexpr, NB: tl.constexpr):
+    """Philox's bytes for this program's tile, 16 a block in one call -> [BM, NB, 16] fp32."""
+    at = rm * (K // 16) + tl.program_id(1) * NB + tl.arange(0, NB)[None, :]
+    w0, w1, w2, w3 = tl.randint4x(seed, at)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3)).reshape(BM, NB, 4)
+    byte = (words[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]) & 255
+    return byte.reshape(BM, NB, 16).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["seed"])
 def _quantize(
     X,
@@ -145,37 +185,17 @@ def _quantize(
     x = _read(X, R, M, K, SE, SM, SK, BM, BK, RHT)
     first = tl.program_id(1) * BK + tl.arange(0, NB)[None, :] * 16
     amax = tl.load(AMAX + _owner(OWNER, rm, first, R, M, K, BY))  # [BM, 1] or [1, NB]
-    scale = tl.minimum(tl.div_rn(2688.0, amax), BIG)  # S
-    scale = tl.where((amax == 0) | (scale == 0), 1.0, scale)
-    block = tl.max(tl.abs(x), 2)  # [BM, NB]
-    if SQUARE:
-        block = tl.max(block.reshape(BM // 16, 16, NB), 1)
-        block = tl.broadcast_to(block[:, None, :], (BM // 16, 16, NB)).reshape(BM, NB)
-    s = _e4m3(block * (scale * 0.16666667163372040))  # fl(1/6)
-    product = s * tl.div_rn(1.0, scale)
-    e = tl.where(
-        product == 0, BIG, tl.minimum(tl.div_rn(1.0, tl.where(product == 0, 1.0, product)), BIG)
-    )
+    s, e = _scales(x, amax, BM, NB, SQUARE)
     a = tl.minimum(tl.abs(x * e[:, :, None]), 6.0)
     if SR:
-        if NOISE is None:  # 16 bytes a block, one call
-            at = rm * (K // 16) + tl.program_id(1) * NB + tl.arange(0, NB)[None, :]
-            w0, w1, w2, w3 = tl.randint4x(seed, at)
-            words = tl.join(tl.join(w0, w1), tl.join(w2, w3)).reshape(BM, NB, 4)
-            byte = (words[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]) & 255
-            noise = byte.reshape(BM, NB, 16).to(tl.float32)
+        if NOISE is None:
+            noise = _drawn(seed, rm, K, BM, NB)
         else:
-            noise = (
-                tl.load(NOISE + rm * NM + rk.to(tl.int64) * NK, mask=ok, other=0)
-                .to(tl.float32)
-                .reshape(BM, NB, 16)
-            )
-        a = a + noise * 0.00390625 * _step(a)  # exact product: fma or not
-        step = _step(a)
-        a = tl.floor(a / step) * step
+            given = tl.load(NOISE + rm * NM + rk.to(tl.int64) * NK, mask=ok, other=0)
+            noise = given.to(tl.float32).reshape(BM, NB, 16)
+        a = _up(a, noise)
     else:
-        magic = _step(a) * 12582912.0  # 1.5 2^23: no bits below the step
-        a = (a + magic) - magic
+        a = _nearest(a)
     if FAKE:
         y = tl.where(x < 0, -a, a) * s[:, :, None]
         tl.store(Y + rm * K + rk, y.reshape(BM, BK).to(Y.dtype.element_ty), mask=ok)

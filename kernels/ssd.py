@@ -399,6 +399,15 @@ def segment(b, t, h, at_least=1024, programs=128):
     return max(at_least, -(-t // -(-programs // (b * h) * 128)) * 128) if b * h < programs else t
 
 
+def chunk_states(x, dt, A, B, start, Q, walk, rev=False):
+    """Launches _states: S before every chunk, (b, c, h, p, n), and the last; rev: G after each."""
+    (b, t, h, p), (g, n) = x.shape, B.shape[2:]
+    kept, end, BP = x.new_empty(b, triton.cdiv(t, Q), h, p, n), torch.empty_like(start), min(p, 32)
+    sizes = t, h, h // g, x.stride(1), B.stride(1), t, p, n, Q, BP
+    _states[p // BP, h, b](x, dt, A, B, start, kept, end, dt, *sizes, rev, True, **walk)
+    return kept, end
+
+
 class SSD(torch.autograd.Function):
     """What the backward needs of S it walks again: storing it in forward would cost more than all
     of forward reads.
@@ -450,36 +459,9 @@ class SSD(torch.autograd.Function):
         (b, t, h, p), (g, n), (Q, walk, heads, how) = x.shape, B.shape[2:], fit(x)
         dy = x.new_zeros(b, t, h, p) if dy is None else dy.contiguous()
         dlast = torch.zeros_like(state) if dlast is None else dlast.float().contiguous()
-        c, BP, strides = triton.cdiv(t, Q), min(p, 32), (x.stride(1), B.stride(1))
-        S_in, G_out = (x.new_empty(b, c, h, p, n) for _ in range(2))
-        scrap, dstate = torch.empty_like(state), torch.empty_like(state)
-        for X, rhs, start, kept, end, rev in (
-            (x, B, state, S_in, scrap, False),
-            (dy, C, dlast, G_out, dstate, True),
-        ):
-            _states[p // BP, h, b](
-                X,
-                dt,
-                A,
-                rhs,
-                start,
-                kept,
-                end,
-                dt,
-                t,
-                h,
-                h // g,
-                X.stride(1),
-                rhs.stride(1),
-                t,
-                p,
-                n,
-                Q,
-                BP,
-                rev,
-                True,
-                **walk,
-            )
+        c, strides = triton.cdiv(t, Q), (x.stride(1), B.stride(1))
+        S_in, _ = chunk_states(x, dt, A, B, state, Q, walk)
+        G_out, dstate = chunk_states(dy, dt, A, C, dlast, Q, walk, rev=True)
         dx, dB, dC = torch.empty_like(dy), B.new_empty(B.shape), C.new_empty(C.shape)
         ddt, (dA, dD) = torch.empty_like(dt), dt.new_empty(2, b, c, h)
         _dx[c, h, b](

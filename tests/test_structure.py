@@ -258,12 +258,12 @@ def faults(name, text):
     found += [
         f"line {i} has {len(line)} columns"
         for i, line in enumerate(text.splitlines(), 1)
-        if len(line) > 120
+        if len(line) > 100
     ]
     found += [
         f"{n.name} has {n.end_lineno - n.lineno + 1} lines"
         for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno >= 110
+        if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno >= 60
     ]
     found += ["no legend in its docstring"] * ("Sources" not in doc and "Not here" not in doc)
     found += [
@@ -388,7 +388,7 @@ def test_this_file_can_fail():
     for broken in (
         "import model\n" + text,
         "import triton\n" + text,
-        text + "\ndef long():\n" + "    print()\n" * 120,
+        text + "\ndef long():\n" + "    print()\n" * 60,
         text.replace("Sources", "From").replace("Not here", ""),
         "import numpy\n" + text,
         text + "\nimport surprise\n",
@@ -396,6 +396,6 @@ def test_this_file_can_fail():
         text + "\n# /" + "tmp/x\n",
         text + "\ntry:\n    pass\nexcept (OSError, Exception):\n    pass\n",
         text + "\ntry:\n    pass\nexcept Exception:\n    pass\n",
-        text + "# " + "x" * 120,
+        text + "# " + "x" * 100,
     ):
         assert faults("mamba", broken)
