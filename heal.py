@@ -47,7 +47,8 @@ def prompts(tokens, n, length, seed):
     """n windows of `length` tokens, evenly spread, the first chosen by seed.   -> (n, length)"""
     if n < 1 or length < 1 or len(tokens) < length + n:
         raise ValueError(
-            f"{n} windows of {length} tokens need {length + n:,} tokens, and there are {len(tokens):,}"
+            f"{n} windows of {length} tokens need {length + n:,} tokens, "
+            f"and there are {len(tokens):,}"
         )
     step = (len(tokens) - length) // n
     at = [i * step + seed * 7919 % step for i in range(n)]

@@ -1,5 +1,6 @@
-"""Bad inputs by the thousand, made from the declarations and from good files: what the tests of flags, of
-fields and of files share. `tried` says how a program took one: clean, traceback, hang, silent, wrong exit.
+"""Bad inputs by the thousand, made from the declarations and from good files: what the tests of
+flags, of fields and of files share. `tried` says how a program took one: clean, traceback, hang,
+silent, wrong exit.
 """
 
 import contextlib
@@ -285,7 +286,8 @@ def overrides(folder):
     import train
     from config import Config
 
-    base = f"--out {folder} --data copy --tokenizer bytes --steps 1 --threads 1 --prompt= --model".split()
+    base = f"--out {folder} --data copy --tokenizer bytes --steps 1 --threads 1 --prompt= --model"
+    base = base.split()
     for f in fields(Config):
         for text in wrong(f):
             if command.fault(f, text) and "," not in text and "\0" not in text and text != "nan":

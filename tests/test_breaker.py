@@ -1,10 +1,10 @@
 """The breaker: bad inputs by the thousand, and how programs and the library take them.
 
-    python -m pytest tests/test_breaker.py -m slow -s        counts them; the last four columns have to be 0
+    python -m pytest tests/test_breaker.py -m slow -s    counts them; the last four columns: 0
 
-Inputs of programs come from inputs.py: every flag, every field of the files that are read, files cut short,
-and some in processes of their own. Inputs of the library are tensors of every dtype, zeros, infinities and
-NaN among them: what comes out is finite or a ValueError.
+Inputs of programs come from inputs.py: every flag, every field of the files that are read, files
+cut short, and some in processes of their own. Inputs of the library are tensors of every dtype,
+zeros, infinities and NaN among them: what comes out is finite or a ValueError.
 """
 
 import json

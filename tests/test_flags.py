@@ -1,4 +1,4 @@
-"""Every field of every program, and of a model, is declared with bounds and refuses what lies outside them."""
+"""Every field of every program, and of a model, has bounds and refuses what lies outside them."""
 
 from dataclasses import fields
 

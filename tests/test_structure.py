@@ -258,7 +258,7 @@ def faults(name, text):
     found += [
         f"line {i} has {len(line)} columns"
         for i, line in enumerate(text.splitlines(), 1)
-        if len(line) > 100
+        if len(line) > 100 and "://" not in line
     ]
     found += [
         f"{n.name} has {n.end_lineno - n.lineno + 1} lines"
