@@ -59,6 +59,20 @@ def torch_can(x, w):
     return aligned and (fp32 or x.dtype == torch.bfloat16)
 
 
+def relu2(x):
+    """relu(x)^2. A product, not a power: autocast on CUDA makes powers fp32, and what follows."""
+    x = x.relu()
+    return x * x
+
+
+def tokens_each(pick, experts):
+    """How many slots of pick each expert got -> (experts,). Not bincount, for which the host waits
+    on a GPU: it asks how large its answer is.
+    """
+    pick = pick.flatten()
+    return pick.new_zeros(experts).scatter_add_(0, pick, torch.ones_like(pick))
+
+
 class MLP(nn.Module):
     """down(relu(up(x))^2): the network of shared experts and `-` layers.   (..., d) -> (..., d)"""
 
@@ -68,7 +82,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(hidden, d, bias)
 
     def forward(self, x):
-        return self.down_proj(self.up_proj(x).relu().square())
+        return self.down_proj(relu2(self.up_proj(x)))
 
 
 class Router(nn.Module):
@@ -134,11 +148,11 @@ class Experts(nn.Module):
         (m, k), E = pick.shape, len(self.up_proj)
         order = pick.flatten().argsort(stable=True)  # (m*k,)   slots, by expert
         rows = c.index_select(0, order // k)  # (m*k, l)   each slot's token
-        count = pick.flatten().bincount(minlength=E)  # (E,)
+        count = tokens_each(pick, E)  # (E,)
         back = None
         if self.exchange:
             rows, count, back = self.exchange(rows, count)
-        hid = self.mm(rows, self.up_proj, count).relu().square()  # (m*k, f)
+        hid = relu2(self.mm(rows, self.up_proj, count))  # (m*k, f)
         out = self.mm(hid, self.down_proj, count)  # (m*k, l)
         if back:
             out = back(out)
@@ -161,7 +175,7 @@ class Experts(nn.Module):
         """
         E, up, down = len(self.up_proj), self.up_proj.to(c.dtype), self.down_proj.to(c.dtype)
         switch = gate.new_zeros(len(c), E).scatter(1, pick, gate)  # (m, E)
-        hid = F.linear(c, up.flatten(0, 1)).relu().square()  # (m, E*f)
+        hid = relu2(F.linear(c, up.flatten(0, 1)))  # (m, E*f)
         hid = hid.unflatten(1, (E, -1)).transpose(0, 1)  # (E, m, f)
         return torch.einsum("eml,me->ml", hid @ down.mT, switch.to(c.dtype))
 
@@ -229,7 +243,7 @@ class LatentMoE(nn.Module):
         if self.norm_topk_prob:
             gate = gate / (gate.sum(1, keepdim=True) + 1e-20)
         if self.training and torch.is_grad_enabled():
-            self.load += pick.flatten().bincount(minlength=len(self.load))
+            self.load += tokens_each(pick, len(self.load))
             score = score.view(*u.shape[:2], -1)  # (b, t, E)
             balance = sequence_balance(score, self.top_k, self.whole_sequence, *self.groups)
             self.balance = balance if self.balance is None else self.balance + balance
@@ -276,16 +290,18 @@ def take_balance(model):
 def update_bias(model, rate=1e-3):
     """Once per optimiser step: b_e += rate * sign(mean load - load_e), of all since the last call.
 
-    Returns (MaxVio, idle experts) per layer: how far the busiest expert is above the mean (0 is
-    perfect, E/k - 1 the worst), and how many experts got nothing. Then it forgets the load.
+    Returns a row (MaxVio, idle experts) per layer, (layers, 2): how far the busiest expert is above
+    the mean (0 is perfect, E/k - 1 the worst), and how many experts got nothing. Then it forgets
+    the load. The rows stay on the device: who wants the numbers waits for them, not every step.
     """
-    notes = []
+    rows = [torch.zeros(0, 2)]
     for moe in layers(model):
         load, total, bias = moe.load, moe.load.sum(), moe.gate.e_score_correction_bias
         bias += rate * (total - len(load) * load).sign().to(bias.dtype)  # in integers: exact
-        notes.append((load.max() * len(load) / total.clamp(min=1) - 1, (load == 0).sum()))
+        most = load.max() * len(load) / total.clamp(min=1) - 1
+        rows.append(torch.stack([most, (load == 0).sum().to(most.dtype)])[None])
         moe.load.zero_()
-    return [(float(v), int(idle)) for v, idle in notes]
+    return torch.cat(rows[1:] or rows)
 
 
 def layer_cost(E, k, l, d=4096, f=2688):
@@ -325,9 +341,9 @@ def main():
             u[..., 0] = 1
             moe(u)
             loads[rate] = moe.load.clone()
-            vio, idle = update_bias(moe, rate)[0]
+            vio, idle = update_bias(moe, rate)[0].tolist()
             if step in (0, 19, 59):
-                note = f"MaxVio {vio:5.2f}   idle experts {idle}"
+                note = f"MaxVio {vio:5.2f}   idle experts {idle:.0f}"
                 print(f"  bias rate {rate:<5g} step {step + 1:2}   {note}")
     for rate, load in loads.items():
         bars = "".join(" .:-=+*#%@"[min(9, int(5 * n / load.double().mean()))] for n in load)

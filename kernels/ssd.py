@@ -386,10 +386,11 @@ def tiles(size, hopper):
 
 
 def fit(x):
-    """tiles() for x on its card; the interpreter plays a Hopper."""
-    return tiles(
-        x.element_size(), INTERPRETED or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
+    """tiles() for x on its card; the interpreter plays a Hopper. Cards of 12.x have an A100's
+    instructions and less shared memory, and take its tiles.
+    """
+    hopper = INTERPRETED or (9, 0) <= torch.cuda.get_device_capability(x.device) < (12, 0)
+    return tiles(x.element_size(), hopper)
 
 
 def segment(b, t, h, at_least=1024, programs=128):

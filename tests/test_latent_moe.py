@@ -14,9 +14,18 @@ import torch.nn.functional as F
 from conftest import rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import latent_moe
-from latent_moe import MLP, LatentMoE, grouped_mm, sequence_balance, take_balance, update_bias
+from latent_moe import (
+    MLP,
+    LatentMoE,
+    grouped_mm,
+    sequence_balance,
+    take_balance,
+    tokens_each,
+    update_bias,
+)
 
 
 def build(
@@ -380,7 +389,7 @@ def test_max_violation_of_a_handful_of_tokens():
 def test_update_bias_takes_every_layer_by_itself():
     two = torch.nn.Sequential(loaded(4, 2, [0, 2, 2, 4]), MLP(12, 4), loaded(2, 2, [3, 3]))
     notes = update_bias(two, 1.0)
-    assert notes == [(1.0, 1), (0.0, 0)]
+    assert notes.tolist() == [[1.0, 1.0], [0.0, 0.0]]
     assert bias_of(two[0]).tolist() == [1, 0, 0, -1] and bias_of(two[2]).tolist() == [0, 0]
 
 
@@ -392,7 +401,7 @@ def test_the_bias_alone_evens_out_a_lopsided_router():
         u = tokens(8, 32, seed=step, dtype=torch.float32)
         u[..., 0] = 1
         moe(u)
-        vio.append(update_bias(moe, 2e-2)[0][0])
+        vio.append(float(update_bias(moe, 2e-2)[0][0]))
     assert vio[0] > 2 and sum(vio[-10:]) / 10 < 0.6, vio  # the fixed step leaves some jitter
 
 
@@ -557,3 +566,39 @@ def test_this_file_can_fail():
         assert rms(oracle(moe, u, **broken), moe(u)) > 0.1, broken
     wrong = moe.route(u)[0].roll(1, 0)  # the neighbour's experts
     assert rms(oracle(moe, u, wrong), moe(u)) > 0.05
+
+
+# On a GPU
+
+
+class Waits(TorchDispatchMode):
+    """The operations for whose answer the host would wait, and those that autocast makes fp32."""
+
+    NAMES = ("_local_scalar_dense", "bincount", "nonzero", "unique", "masked_select", "pow")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.seen += [name] * name.startswith(self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_step_neither_waits_nor_takes_powers():
+    """No number is asked for, and no power taken, which CUDA's autocast would make fp32."""
+    moe = build(experts=16, k=4, dtype=torch.float32)
+    with Waits() as waits:
+        moe(tokens(2, 7, dtype=torch.float32)).sum().backward()
+        update_bias(moe)
+    assert waits.seen == []
+    with Waits() as waits:  # it sees what was there before
+        pick = torch.tensor([0, 2, 2])
+        pick.bincount(minlength=3), torch.ones(2).relu().square(), float(pick.sum())
+    assert {"bincount", "pow", "_local_scalar_dense"} <= set(waits.seen)
+
+
+def test_counts_are_those_of_bincount():
+    pick = torch.randint(5, (7, 3), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(tokens_each(pick, 9), pick.flatten().bincount(minlength=9))

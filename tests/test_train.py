@@ -28,7 +28,7 @@ import train
 from model import Config, Nemotron
 from training import pretrain
 from training.settings import RECIPES, configure
-from training.world import Alone
+from training.world import Alone, choose_device
 
 TINY = dict(
     hidden_size=16,
@@ -1087,3 +1087,50 @@ def test_this_file_can_fail(tmp_path):
         ).backward()
         assert rms(gradient(model), right) > 1e-2
     assert not same(dict(a=[torch.zeros(2)]), dict(a=[torch.full((2,), 1e-30)]))
+
+
+# Cards that are not here: torch is told what it would say of them
+
+
+def card(monkeypatch, capability, arches=("sm_75", "sm_80", "sm_90"), bf16=True):
+    says = dict(
+        is_available=lambda: True,
+        get_device_capability=lambda *a: capability,
+        get_arch_list=lambda: list(arches),
+        is_bf16_supported=lambda including_emulation=True: bf16 or including_emulation,
+    )
+    for name, answer in says.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+@pytest.mark.parametrize(
+    "capability, more, words",
+    [
+        ((7, 5), dict(fast=True), "--fast needs a GPU of compute capability 8.0 or later, not 7.5"),
+        ((6, 1), {}, "built for sm_75, sm_80, sm_90, and the GPU has compute capability 6.1"),
+    ],
+)
+def test_what_a_card_cannot_do_is_refused(monkeypatch, capability, more, words):
+    card(monkeypatch, capability)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        choose_device(train.Run(device="cuda", **more), quiet)
+    card(monkeypatch, (8, 0))
+    choose_device(train.Run(device="cuda", **more), quiet)
+
+
+def test_emulated_bf16_is_not_chosen_and_fp32_is_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for bf16, want in ((False, "numbers    fp32"), (True, "numbers    bf16")):
+        card(monkeypatch, (7, 5), bf16=bf16)
+        said = []
+        choose_device(train.Run(device="cuda"), said.append)
+        assert want in "\n".join(said) and not torch.backends.cudnn.allow_tf32
+
+
+def test_a_mac_is_told_what_it_cannot_round(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for precision in ("nvfp4", "mxfp4-2d", "mxfp8"):
+        with pytest.raises(ValueError, match=f"--precision {precision}: Apple's MPS has no float8"):
+            choose_device(train.Run(device="mps", precision=precision), quiet)
+    for precision in ("auto", "fp32", "bf16"):
+        choose_device(train.Run(device="mps", precision=precision), quiet)
