@@ -205,6 +205,15 @@ def super_map(pattern):
 # 3. Files that are looked at, not read.
 
 
+def described(h):
+    """Whether an entry of a header says what it has to: a dtype, a shape, and two offsets."""
+    if not isinstance(h, dict) or not isinstance(h.get("dtype"), str):
+        return False
+    numbers = h.get("shape"), h.get("data_offsets")
+    whole = all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in numbers)
+    return whole and len(numbers[1]) == 2 and numbers[1][0] <= numbers[1][1]
+
+
 def header(path):
     """A safetensors file's table {name: {dtype, shape, data_offsets}} and where its bytes begin.
 
@@ -218,7 +227,12 @@ def header(path):
         if size < 8 or not 2 <= n <= size - 8:
             raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes")
         table = json.loads(f.read(n))
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no safetensors file: its header is no table")
     table.pop("__metadata__", None)
+    for name, h in table.items():
+        if not described(h):
+            raise ValueError(f"{path}: {name} has no dtype, shape and data_offsets: {str(h)[:80]}")
     end = 8 + n + max((h["data_offsets"][1] for h in table.values()), default=0)
     if end > size:
         raise ValueError(f"{path} is truncated: its header needs {end} bytes, it has {size}")

@@ -28,7 +28,7 @@ PROGRAMS = {
         )
     },
 }
-LIMIT = 20  # seconds, after which an input hangs
+LIMIT = 60  # seconds, after which an input hangs
 
 
 def program(name):

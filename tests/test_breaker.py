@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from inputs import (
     tried,
 )
 
+import command
 import data
 import decode
 import heal
@@ -78,8 +80,13 @@ def shown(table):
 
 def a_run(folder):
     """A trained run of one step."""
-    text = f"--out {folder} --name t --data copy --tokenizer bytes --steps 1 --batch 2 --length 16"
-    more = " --eval-tokens 96 --threads 1 --prompt= --log-every 1 --save-every 1 --model " + CHANGES
+    folder.mkdir()
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    text = f"--out {folder} --name t --data {folder}/text.txt --tokenizer bytes --steps 1 --batch 2"
+    more = " --length 16"
+    more += (
+        " --eval-tokens 96 --threads 1 --prompt= --log-every 1 --save-every 1 --model " + CHANGES
+    )
     train.cli((text + more).split())
     return folder / "t"
 
@@ -100,12 +107,12 @@ def runs(folder):
             path.write_text(before)
 
     odd = (None, "x", -1, 1.5, [], {}, True, 10**20)
-    for key in good["run"]:
-        for x in odd if key not in ("steps", "stop") else (None, "x", -1, []):
-            text = json.dumps(good | dict(run=good["run"] | {key: x}))
-            yield Input(
-                f"run.{key}={x!r}", lambda t=text: use(config, t, train.cli, resume), (0, 2)
-            )
+    replaced = {"name", "out", "steps", "resume", "merge", "stop", "from_step"}  # by flags
+    for f in fields(train.Run):
+        for x in odd if f.name not in replaced else ():
+            if command.fault(f, x):  # what is allowed would train
+                text = json.dumps(good | dict(run=good["run"] | {f.name: x}))
+                yield Input(f"run.{f.name}={x!r}", lambda t=text: use(config, t, train.cli, resume))
     for text in ("", "{", "[]", '{"run": null}', '{"run": []}', '{"run": {"turbo": 1}}'):
         yield Input(f"config {text}", lambda t=text: use(config, t, train.cli, resume))
     for text in ("", "step\n", "step,train_nats\n1,2\n", "a\n1\n", rows * 2, rows + "x,y\n", "\0"):
