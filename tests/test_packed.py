@@ -7,6 +7,7 @@ that Model Optimizer's numbers give in transformers' model.
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import attention
 import hf
+import sample
 from model import Config, Nemotron
-from quant import lowbit, ondisk, packed
+from quant import lowbit, ondisk, packed, statecache
 
 GOLDEN = Path(__file__).parent / "golden" / "quantised"
 FOLDERS = "mixed", "nvfp4", "fp8"
@@ -266,6 +268,32 @@ def test_codes_are_not_cast_trained_converted_or_cut_up(tmp_path):
     shutil.copytree(GOLDEN / "mixed", tmp_path / "toy")
     with pytest.raises(ValueError, match="is a quantised checkpoint"):
         train.complete(dict(out=str(tmp_path), resume=True))
+
+
+def said(capsys, *flags):
+    sample.main(["--hf", str(GOLDEN / "mixed"), "--prompt", "ab", "--max-new-tokens", "24", *flags])
+    return capsys.readouterr()
+
+
+def test_the_flags_of_sample_have_effects(capsys, monkeypatch):
+    """--lazy changes no letter, --activations and --state do; what has no place is one sentence."""
+    flags = "--temperature", "0", "--seed", "0"
+    plain = said(capsys, *flags)
+    assert "320 ids: taken for bytes" in plain.err
+    assert said(capsys, *flags, "--lazy").out == plain.out
+    assert said(capsys, *flags, "--activations").out != plain.out
+    kept, real = [], statecache.to_blocks
+    monkeypatch.setattr(statecache, "to_blocks", lambda *a: kept.append(a) or real(*a))
+    said(capsys, *flags, "--state", "int8:5")
+    assert len(kept) == 24 * 3  # a call for the prompt, then one a token; in three Mamba layers
+    assert all(a[1] == "int8" and a[2] is not None for a in kept)
+    for wrong, message in (
+        (["--compile"], "--compile: 15 modules of .* are packed"),
+        (["--state", "fp17"], "no format of the state"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            said(capsys, *flags, *wrong)
+        assert e.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_rows_of_an_odd_width():
