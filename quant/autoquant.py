@@ -4,11 +4,11 @@ AutoQuantize: which format for which matrix, under a budget of bits.
 What unit u costs in format f is guessed from one backward pass, with the Fisher information's
 diagonal, and a knapsack spends the bits:
 
-    score_uf = sum over outputs y of u of (dL/dy (y_f - y))^2        L summed nll of the text, m tokens
-    KL       ~ score / 2m          min sum of score_uf     s.t.   sum of bits_f numel_u <= bits sum numel_u
+    score_uf = sum over outputs y of u of (dL/dy (y_f - y))^2     L summed nll of the text, m tokens
+    KL       ~ score / 2m     min sum of score_uf  s.t.  sum of bits_f numel_u <= bits sum numel_u
 
-y_f is worked out beside y, from the same unrounded input, with weight and input of this unit alone in
-format f. `assign` is exact: a table over multiples of the greatest common divisor of all costs.
+y_f is worked out beside y, from the same unrounded input, with weight and input of this unit alone
+in format f. `assign` is exact: a table over multiples of the greatest common divisor of all costs.
 More bits never score worse. The router, conv, norms, embedding, head and MTP are never touched.
 
 Letters   u unit  f format

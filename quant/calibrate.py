@@ -7,7 +7,7 @@ inputs' correlations: whoever changes w by e changes the outputs' square by e H 
     max      s_b = amax_b / 6                          nothing is cut off
     mse      that of 126 which moves the block least   min |e_b|^2
     output   that of 126 which moves the output least  min e_b H_bb e_b^T, each block by itself
-    gptq     mse's scales; then the codes, column by column, each time correcting the columns to come
+    gptq     mse's scales; then codes, column by column, each time correcting the columns to come
              for the error made, by H^-1
 
 An expert that no token chose has no H: it falls back to mse. FP8 needs no search: s = amax / 448.
@@ -237,7 +237,7 @@ def input_scale(kind, amax):
 
 @torch.no_grad()
 def pack_block(block, prefix, plan, stats, method="mse", cache=True):
-    """Packs a layer in place as plan {unit: kind or None} says; returns it. cache: FP8 keys, values.
+    """Packs a layer in place as plan {unit: kind or None} says; returns it. cache: FP8 k and v.
 
     All experts of a layer share one input_scale for each of their two matrices.
     """

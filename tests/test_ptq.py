@@ -1,5 +1,5 @@
-"""Post-training quantisation: Model Optimizer's exports reproduced bit for bit, the four methods, the
-scores against what they predict, the knapsack against brute force, and the command.
+"""Post-training quantisation: Model Optimizer's exports reproduced bit for bit, the four methods,
+the scores against what they predict, the knapsack against brute force, and the command.
 """
 
 import itertools
