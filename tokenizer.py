@@ -153,10 +153,12 @@ def train_bpe(spec, text):
     import rustbpe
 
     size = int(spec[4:]) if re.fullmatch("[0-9]{1,9}", spec[4:]) else 0
-    if not 257 <= size <= MOST or not isinstance(text, str):
+    if not 257 <= size <= MOST:
+        raise ValueError(f"{spec!r} needs a number from 257 (bytes and {END}) to {MOST:,}")
+    if not isinstance(text, str):
         raise ValueError(
-            f"{spec!r} needs a number from 257 (bytes and {END}) to {MOST:,}, "
-            "and a text to learn from"
+            f"{spec!r} has no text to learn from: token files (*.bin) hold ids, so name the "
+            "tokenizer that made them, --tokenizer nemotron or a file"
         )
     bpe = rustbpe.Tokenizer()
     bpe.train_from_iterator(pieces(text), size - 1, pattern=WORDS)
@@ -164,7 +166,8 @@ def train_bpe(spec, text):
     if len(ranks) < size - 1:
         raise ValueError(
             f"{spec} asks for {size - 257:,} pairs to join, but the {len(text):,} characters "
-            f"it learns from have {len(ranks) - 256:,}"
+            f"it learns from have {len(ranks) - 256:,}: "
+            f"try --tokenizer bpe:{len(ranks) + 1} or bytes"
         )
     return table(spec, WORDS, ranks, {END: size - 1})
 
