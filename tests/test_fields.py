@@ -1,6 +1,6 @@
-"""Every field of every file that is read: change it, and something computed changes, or it is refused.
+"""Every field of every file that is read: change it, and a result changes, or it is refused.
 
-A field that is read and ignored gives the same answer with another value: these sweeps look for that.
+A field that is read and ignored gives the same answer with another value: these sweeps find that.
 Fields that change no number by their meaning are listed, with the reason.
 """
 

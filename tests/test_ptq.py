@@ -131,7 +131,7 @@ def test_scores_rank_the_units_as_their_divergence_does(small):
 
 def test_the_knapsack_is_brute_force():
     g = torch.Generator().manual_seed(0)
-    for case in range(20):
+    for _ in range(20):
         sizes = {f"u{i}": 16 * int(n) for i, n in enumerate(torch.randint(1, 9, (6,), generator=g))}
         score = {}
         for u in sizes:
