@@ -43,6 +43,7 @@ import math
 import re
 import tempfile
 from collections import Counter
+from copy import deepcopy as copy_of
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -294,6 +295,53 @@ def view(model, dir, tensors):
             place[n].copy_(maps[name])
         else:
             packed.put(model, n, maps[name])
+
+
+class Parts:
+    """A checkpoint that is not quantised, one module at a time: for models larger than the memory.
+
+    Tensors are read, not mapped, so that no more than the module asked for takes address space.
+    """
+
+    def __init__(self, dir):
+        self.dir = Path(dir)
+        found = survey(dir)
+        self.config, self.blank = found.config, skeleton(*found)
+        packed.refuse(self.blank, f"{dir}, one module at a time")
+        self.at = {}
+        for file in {file for file, *_ in found.tensors}:
+            table, begin = ondisk.header(self.dir / file)
+            for name, h in table.items():
+                self.at[ours(name)] = self.dir / file, h, begin
+
+    def tensor(self, name):
+        """One tensor as it is stored."""
+        path, h, begin = self.at[name]
+        a, b = h["data_offsets"]
+        with open(path, "rb") as f:
+            f.seek(begin + a)
+            raw = torch.frombuffer(bytearray(f.read(b - a)), dtype=torch.uint8)
+        return raw.view(ondisk.DTYPES[h["dtype"]]).view(h["shape"])
+
+    def dtype(self, name, t):
+        """The dtype in which a tensor of the model is stored there."""
+        stacked = re.sub(r"\.experts\.\d+\.(\w+)\.weight$", r".experts.\1", name)
+        return ondisk.DTYPES[self.at[name if name in self.at else stacked][1]["dtype"]]
+
+    @torch.no_grad()
+    def module(self, name):
+        """A module by its name, in fp32 and eval mode."""
+        made = copy_of(self.blank.get_submodule(name)).to_empty(device="cpu")
+        for b in made.buffers():
+            b.zero_()
+        for n, t in made.state_dict().items():
+            n = f"{name}.{n}"
+            places = {n: t} if n in self.at else pieces(n, t)
+            for released, place in places.items():
+                place.copy_(
+                    checkpoint.finite({released: self.tensor(released)}, self.dir)[released]
+                )
+        return made.eval()
 
 
 @torch.no_grad()

@@ -3,16 +3,24 @@ the scores against what they predict, the knapsack against brute force, and the 
 """
 
 import itertools
+import json
+import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import command
+import data
 import hf
+import ptq
+import sample
+import train
 from model import Config, Nemotron
-from quant import autoquant, calibrate, packed
+from quant import autoquant, calibrate, distill, packed
 
 GOLDEN = Path(__file__).parent / "golden" / "quantised"
 
@@ -173,6 +181,237 @@ def test_maps_by_name_and_widths_that_four_bits_cannot_have():
 def test_packed_models_are_not_quantised_again():
     with pytest.raises(ValueError, match="calibration: [0-9]+ modules"):
         calibrate.calibrate(hf.load(GOLDEN / "mixed"), [])
+
+
+# The command.
+
+TINY = "hybrid_override_pattern=MEM*E,hidden_size=64,num_attention_heads=2,num_key_value_heads=1"
+TINY += ",head_dim=32,mamba_num_heads=4,n_routed_experts=6,num_experts_per_tok=2,moe_latent_size=32"
+FLAGS = ["--tokens", "256", "--eval-tokens", "256", "--length", "32", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a few steps; its text is a task's, so that nothing has to be learned to be read."""
+    out = tmp_path_factory.mktemp("runs")
+    text = out / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(4000)))
+    flags = dict(
+        out=str(out), name="tiny", data=str(text), tokenizer="bytes", model=TINY, prompt=""
+    )
+    flags |= dict(steps=12, batch=4, length=32, eval_tokens=512, threads=1, device="cpu")
+    train.fit(train.Run(**flags, save_every=12, eval_every=12), say=lambda line: None)
+    return out / "tiny"
+
+
+def quantised(run, out, *flags):
+    """What ptq.py prints."""
+    lines = []
+    settings = command.parser(ptq.Flags, "ptq.py", "-").parse_args([*FLAGS, *flags])
+    given = dict(run=str(run), out=str(out)) | vars(settings)
+    ptq.quantise(command.check(ptq.Flags(**given)), lines.append)
+    return "\n".join(lines)
+
+
+def mapped(out):
+    return json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+
+
+def test_a_run_becomes_a_released_folder(run, tmp_path, capsys):
+    out = tmp_path / "q"
+    said = quantised(run, out, "--bits", "5")
+    assert "calibrate  layer   1 of 5" in said and "s left" in said and "wrote" in said
+    assert [p.name for p in sorted(out.iterdir())] == [
+        "config.json",
+        "hf_quant_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    kl = float(re.search(r"KL +([\d.]+) \+-", said)[1])
+    mean = float(re.search(r"searched weights +([\d.]+)", said)[1])
+    assert 0 < kl < 100 and 4.5 <= mean <= 5
+    model, whole = packed.rounded(hf.load(out)), sample.load_run(run)[0]
+    val = data.encode(data.tokenizer("bytes"), data.corpus(str(run.parent / "text.txt")).val)
+    ids = ptq.windows(val, 256, 32, "-")
+    assert abs(1e3 * divergence(whole, model, ids) - kl) < 0.006 + 1e-3 * kl  # of what was written
+    sample.main(["--hf", str(out), "--max-new-tokens", "3", "--seed", "0", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def reader(dir):
+    """A checkpoint's weights in fp32 by released names, read by the published rules and by nothing
+    of ours: JSON, bytes, the tables of E2M1 and E4M3.
+    """
+    said = json.loads((dir / "config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "modelopt" and said["quant_algo"] == "MIXED_PRECISION"
+    raw = (dir / "model.safetensors").read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8 : 8 + n])
+    table.pop("__metadata__")
+
+    def array(name, kinds=dict(U8="u1", F8_E4M3="u1", F32="<f4", BF16="<u2")):
+        h = table[name]
+        a, b = h["data_offsets"]
+        found = numpy.frombuffer(raw[8 + n + a : 8 + n + b], kinds[h["dtype"]]).reshape(h["shape"])
+        if h["dtype"] == "BF16":
+            found = (found.astype("u4") << 16).view("f4")
+        return found
+
+    e2m1 = numpy.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], "f4")
+    exponent, mantissa = numpy.divmod(numpy.arange(128), 8)
+    e4m3 = numpy.where(exponent, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 512.0)
+    e4m3[127] = numpy.nan
+    e4m3 = numpy.concatenate([e4m3, -e4m3]).astype("f4")
+    found, used = {}, set()
+    for module, rule in said["quantized_layers"].items():
+        w, s = array(f"{module}.weight"), array(f"{module}.weight_scale")
+        assert table[f"{module}.input_scale"]["shape"] == [] and array(f"{module}.input_scale") > 0
+        used |= {f"{module}.{x}" for x in ("weight", "weight_scale", "input_scale")}
+        if rule["quant_algo"] == "FP8":
+            found[f"{module}.weight"] = e4m3[w] * s
+        else:
+            assert rule == dict(quant_algo="NVFP4", group_size=16)
+            two = array(f"{module}.weight_scale_2")
+            used.add(f"{module}.weight_scale_2")
+            q = numpy.stack([e2m1[w & 15], e2m1[w >> 4]], -1).reshape(len(w), -1)
+            found[f"{module}.weight"] = q * (e4m3[s] * two).repeat(16, 1)
+    assert not any(
+        name.endswith(("_scale", "_scale_2"))
+        for name in set(table) - used
+        if "proj.k_" not in name and "proj.v_" not in name
+    )
+    return found | {name: array(name) for name in set(table) - used}
+
+
+def test_an_independent_reader_takes_the_export(run, tmp_path):
+    quantised(run, tmp_path / "q", "--bits", "5")
+    weights, model = reader(tmp_path / "q"), hf.load(tmp_path / "q")
+    seen = 0
+    for name, m in model.named_modules():
+        if isinstance(m, packed.Packed):
+            assert torch.equal(torch.from_numpy(weights[f"{name}.weight"]), m.dense())
+            seen += 1
+        elif isinstance(m, packed.Stack):
+            layer, _, proj = name.rpartition(".")
+            for e, w in enumerate(m.dense()):
+                assert torch.equal(torch.from_numpy(weights[f"{layer}.{e}.{proj}.weight"]), w)
+            seen += 1
+    assert seen > 10
+
+
+def test_a_folder_goes_the_same_way_as_a_run_module_by_module(run, tmp_path):
+    """--hf of what was saved in BF16 gives what the whole model gives, in files of any size."""
+    model, enc, _ = sample.load_run(run)
+    hf.save(model, tmp_path / "bf16", dtype=torch.bfloat16)
+    (tmp_path / "bf16" / "tokenizer.json").write_text(json.dumps(data.pack(enc)))
+    text = ["--data", str(run.parent / "text.txt")]
+    said = quantised(
+        run, tmp_path / "a", "--hf", str(tmp_path / "bf16"), "--shard-bytes", "100000", *text
+    )
+    assert "wrote" in said and len(list((tmp_path / "a").glob("*.safetensors"))) > 2
+    whole = hf.load(tmp_path / "bf16")
+    numel, _ = ptq.sizes(ptq.Held(whole))
+    made = hf.load(tmp_path / "a")
+    train_text = data.encode(enc, data.corpus(text[1]).train)
+    ids = ptq.windows(train_text, 256, 32, "-")
+    stats = calibrate.calibrate(whole, [ids[:, :-1]], correlate=False)
+    score = autoquant.sensitivity(whole, ids.split(8), stats, nll)
+    plan = autoquant.assign(score, numel, 4.75)
+    want = hf.places(calibrate.quantize(whole, plan, stats, "mse"))
+    got = hf.places(made)
+    assert set(got) == set(want)
+    same = sum(torch.equal(got[n].float(), want[n].float()) for n in got)
+    assert all(torch.allclose(got[n].float(), want[n].float(), rtol=1e-5) for n in got), same
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "at", ["calibrate  layer   3", "score      layer   2", "write      layer   4"]
+)
+def test_who_was_interrupted_goes_on(run, tmp_path, at, monkeypatch):
+    whole = quantised(run, tmp_path / "a", "--shard-bytes", "100000")
+    note = ptq.Work.note
+
+    def stop(self, what, i, old=False):
+        note(self, what, i, old)
+        if f"{what:10} layer {i + 1:3}".startswith(at) and not old:
+            raise Stopped
+
+    monkeypatch.setattr(ptq.Work, "note", stop)
+    with pytest.raises(Stopped):
+        quantised(run, tmp_path / "b", "--shard-bytes", "100000")
+    monkeypatch.undo()
+    assert not (tmp_path / "b" / "config.json").exists()
+    with pytest.raises(ValueError, match="unfinished quantisation with another bits"):
+        quantised(run, tmp_path / "b", "--shard-bytes", "100000", "--bits", "6")
+    again = quantised(run, tmp_path / "b", "--shard-bytes", "100000")
+    # the layers of a file that was not finished are done again
+    done = "write      layer   1" if at.startswith("write") else at
+    assert "going on" in again and done not in again
+    assert again.splitlines()[-3] == whole.splitlines()[-3]
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_every_flag_has_an_effect(run, tmp_path):
+    def numbers(*flags, out=[0]):
+        out[0] += 1
+        folder = tmp_path / str(out[0])
+        said = quantised(run, folder, *flags)
+        return said, mapped(folder), load_file(folder / "model.safetensors")
+
+    said, plan, tensors = numbers("--bits", "5")
+    count = lambda plan: [v["quant_algo"] for v in plan["quantized_layers"].values()].count("FP8")
+    differ = lambda other: any(
+        not torch.equal(other[n].float(), t.float()) for n, t in tensors.items()
+    )
+    assert count(numbers("--bits", "7.5")[1]) > count(plan)
+    for method in ("max", "output", "gptq"):
+        assert differ(numbers("--bits", "5", "--map", "search", "--method", method)[2])
+    assert count(numbers("--map", "fp8")[1]) == len(numbers("--map", "fp8")[1]["quantized_layers"])
+    assert numbers("--bits", "5", "--no-cache")[1]["kv_cache_quant_algo"] is None
+    fewer = numbers("--bits", "5", "--tokens", "64")[2]
+    scales = [n for n in set(tensors) & set(fewer) if n.endswith("input_scale")]
+    assert any(fewer[n] < tensors[n] for n in scales)
+    assert numbers("--bits", "5", "--eval-tokens", "128")[0] != said
+    weights = numbers("--bits", "5", "--no-activations")[0]
+    kl = lambda text: float(re.search(r"KL +([\d.]+) \+-", text)[1])
+    assert kl(weights) < kl(said) and "weights alone rounded" in weights
+    assert "distill    step    2 of 2" in numbers("--bits", "5", "--distill", "2")[0]
+
+
+def test_distillation_repairs_and_does_not_touch_mtp():
+    toy = Nemotron(Config.preset("toy")).eval()
+    ids = torch.randint(2048, (16, 33))
+    stats = calibrate.calibrate(toy, [ids[:, :-1]], correlate=False)
+    plan = {u: "NVFP4" for u in calibrate.units(toy)}
+    low = lambda model: packed.rounded(calibrate.quantize(model, plan, stats, "max", cache=False))
+    learned = distill.distill(toy, plan, stats, ids, 12, 3e-4, say=lambda line: None)
+    assert divergence(toy, low(learned), ids) < 0.9 * divergence(toy, low(toy), ids)
+    assert list(learned.state_dict()) == list(toy.state_dict())
+    for (n, a), b in zip(learned.mtp.state_dict().items(), toy.mtp.state_dict().values()):
+        assert torch.equal(a, b), n
+
+
+def test_what_the_command_refuses(run, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    short = tmp_path / "short.txt"
+    short.write_text("a few words " * 40)
+    for flags, message in (
+        (["--out", str(tmp_path / "there")], "there and not empty"),
+        (["--hf", str(GOLDEN / "mixed")], "modules of this model are packed"),
+        (["--out", str(GOLDEN / "mixed")], "holds a checkpoint already"),
+        (["--distill", "2", "--method", "gptq"], "--method gptq with --distill"),
+        (["--data", str(short)], "tokens are too few"),
+        (["--hf", str(tmp_path)], "config.json|No such file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            quantised(run, tmp_path / "new", *flags)
+    assert (tmp_path / "there" / "file").read_text() == "mine"
 
 
 def test_this_file_can_fail():

@@ -35,6 +35,7 @@ HOUSE = {
     "quant.lowbit": ("nvfp4", "quant.packed"),
     "quant.calibrate": ("latent_moe", "nvfp4", "quant.packed"),
     "quant.autoquant": ("latent_moe", "quant.calibrate", "quant.packed"),
+    "quant.distill": ("latent_moe", "quant.calibrate", "quant.packed"),
     "scale.budget": ("config",),
     "scale.shards": ("checkpoint",),
     "speed.rows": ("config", "mamba"),
@@ -89,6 +90,18 @@ HOUSE = {
         "post.tasks",
         "sample",
         "speculate",
+    ),
+    "ptq": (
+        "checkpoint",
+        "command",
+        "data",
+        "hf",
+        "quant.autoquant",
+        "quant.calibrate",
+        "quant.distill",
+        "quant.ondisk",
+        "quant.packed",
+        "sample",
     ),
     "scale.release": ("checkpoint", "hf", "model", "quant.packed", "scale.ranks"),
     "worth": (
@@ -182,6 +195,7 @@ BESIDES = {
     "plot": {"matplotlib"},
     "post.picture": {"matplotlib"},
     "hf": {"safetensors"},
+    "ptq": {"safetensors"},
 }
 
 
