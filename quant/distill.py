@@ -116,10 +116,9 @@ def distill(model, plan, stats, ids, steps, lr, seed=0, batch=8, say=print):
         if step in (1, steps) or step % 10 == 0:
             spent = time.monotonic() - began
             left = spent / step * (steps - step)
-            say(
-                f"distill    step {step:4} of {steps}   KL {1e3 * float(kl.detach()):7.2f} mnat a token, "
-                f"about {left:.0f} s left"
-            )
+            nats = 1e3 * float(kl.detach())
+            pace = f"about {left:.0f} s left"
+            say(f"distill    step {step:4} of {steps}   KL {nats:7.2f} mnat a token, {pace}")
     learned = copy.deepcopy(model)
     learned.load_state_dict(straight(student))
     return learned.eval()
