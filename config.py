@@ -201,7 +201,7 @@ PRESETS = dict(
     # Minutes on two CPU cores: all three mixers, a latent at half the width. The routed path is
     # five
     # matrices in a row and starts far below the shared expert; Super has a million steps to lift
-    # it, this toy 840, so that it gets a small shared expert and a scale of 25 instead of Super's
+    # it, this toy 880, so that it gets a small shared expert and a scale of 24 instead of Super's
     # 5.
     toy=dict(
         hybrid_override_pattern="MEMEM*EME",
@@ -220,7 +220,7 @@ PRESETS = dict(
         moe_latent_size=64,
         moe_intermediate_size=128,
         moe_shared_expert_intermediate_size=64,
-        routed_scaling_factor=25.0,
+        routed_scaling_factor=24.0,
         intermediate_size=512,
         initializer_range=initial_std(128),
     ),
