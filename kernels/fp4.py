@@ -449,10 +449,10 @@ def decode(x, b, BM=16, BN=64, BK=128, alpha=None):
     """
     _check("nvfp4.decode", x, *b)
     M, K, N = *x.shape, len(b[0])
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x is {x.dtype}: the decoding product multiplies in bfloat16 or float16")
     if 2 * b[0].shape[1] != K or not x.is_contiguous():
         raise ValueError(f"x has {K} columns, b {2 * b[0].shape[1]}; and x must be contiguous")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype}: the decoding product multiplies in bfloat16 or float16")
     d = torch.empty(M, N, dtype=x.dtype, device=x.device)
     _decode[triton.cdiv(N, BN), triton.cdiv(M, BM)](
         x, b[0], b[1], b[2] / 2688 if alpha is None else alpha, d, M, N, K, BM=BM, BN=BN, BK=BK

@@ -416,6 +416,10 @@ def small(seed=0):
                 "moe_intermediate_size": 40,
                 "moe_shared_expert_intermediate_size": 56,
                 "num_nextn_predict_layers": 1,
+                "n_routed_experts": 16,
+                "num_experts_per_tok": 4,
+                "routed_scaling_factor": 2.5,
+                "initializer_range": 0.04,
             }
         ),
         seed,

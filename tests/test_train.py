@@ -725,7 +725,7 @@ def refuses(argv, capsys, code=2):
             ["--length", "50000"],
             "the validation split has 49999 tokens, fewer than one sequence of 50000",
         ),
-        (["--micro", "3"], "--batch 16 is not a multiple of --micro 3"),
+        (["--micro", "3"], "--batch 8 is not a multiple of --micro 3"),
         (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
         (["--precision", "fp8"], "'fp8' is not spelled as auto|fp32|bf16|"),
         (["--warmup", "2"], "2.0 is not a number from 0 to 1"),
@@ -976,7 +976,7 @@ def test_loss_falls(tmp_path):
     r = run(
         tmp_path,
         "ME*",
-        dict(hidden_size=32),
+        dict(hidden_size=32, initializer_range=0.04),
         steps=60,
         batch=8,
         length=32,

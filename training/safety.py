@@ -42,7 +42,7 @@ FAILS = (
 
 
 # What a run writes into its folder: a folder with anything else in it is not a run's.
-OWN = r"config\.json|load\.json|log\.csv|loss\.png|ckpt|\.lock|left-.*|.*\.\d+\.tmp"
+OWN = r"config\.json|load\.json|log\.csv|loss\.png|worth\.csv|ckpt|\.lock|left-.*|.*\.\d+\.tmp"
 
 
 def vacant(folder):
