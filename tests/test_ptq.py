@@ -249,7 +249,8 @@ def reader(dir):
     table = json.loads(raw[8 : 8 + n])
     table.pop("__metadata__")
 
-    def array(name, kinds=dict(U8="u1", F8_E4M3="u1", F32="<f4", BF16="<u2")):
+    def array(name):
+        kinds = dict(U8="u1", F8_E4M3="u1", F32="<f4", BF16="<u2")
         h = table[name]
         a, b = h["data_offsets"]
         found = numpy.frombuffer(raw[8 + n + a : 8 + n + b], kinds[h["dtype"]]).reshape(h["shape"])
@@ -357,7 +358,9 @@ def test_who_was_interrupted_goes_on(run, tmp_path, at, monkeypatch):
 
 
 def test_every_flag_has_an_effect(run, tmp_path):
-    def numbers(*flags, out=[0]):
+    out = [0]
+
+    def numbers(*flags):
         out[0] += 1
         folder = tmp_path / str(out[0])
         said = quantised(run, folder, *flags)
