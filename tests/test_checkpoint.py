@@ -350,7 +350,7 @@ def test_only_tensors_and_plain_data_are_loaded(tmp_path):
 
 
 def test_what_is_not_there_is_said(tmp_path):
-    assert "train one first" in refused(tmp_path / "nowhere", "holds no checkpoint")
+    assert "train one, python train.py" in refused(tmp_path / "nowhere", "holds no checkpoint")
     saved_steps(tmp_path, 2, 4)
     with pytest.raises(
         ValueError, match=r"there is no .*step-00000003\.pt; there are the steps 2, 4"
