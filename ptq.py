@@ -35,7 +35,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 import checkpoint
 import command
@@ -142,8 +141,7 @@ class Work:
         return self.folder / f"{name}{'-' if i != '' else ''}{i}"
 
     def keep(self, tensors, *name):
-        tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-        checkpoint.write(self.path(*name), lambda f: f.write(save_tensors(tensors)))
+        checkpoint.write(self.path(*name), lambda f: ondisk.store(f, tensors))
 
     def kept(self, *name):
         return load_tensors(self.path(*name).read_bytes())
@@ -251,8 +249,7 @@ class Work:
             for part in parts:
                 tensors |= self.part(part, plan, path.exists())
             if not path.exists():
-                raw = {n: t.contiguous() for n, t in tensors.items()}
-                checkpoint.write(path, lambda f: f.write(save_tensors(raw, dict(format="pt"))))
+                checkpoint.write(path, lambda f: ondisk.store(f, tensors))
             where |= dict.fromkeys(ondisk.header(path)[0], file)
         self.index(where, flat_plan, kv)
 

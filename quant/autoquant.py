@@ -146,24 +146,31 @@ def assign(score, sizes, bits):
     step = math.gcd(*(c for cs in cost.values() for c in cs.values()))
     step *= max(1, -(-(budget // step) // ENTRIES))
     room = budget // step
-    best, choice = torch.zeros(room + 1, dtype=torch.float64), []
-    for u, s in score.items():
-        options = list(s)
+    best = torch.zeros(room + 1, dtype=torch.float64)
+    choice = torch.empty(len(score), room // 4 + 1, dtype=torch.uint8)
+    for i, s in enumerate(score.values()):
+        u, options = list(score)[i], list(s)
         rows = torch.full((len(options), room + 1), math.inf, dtype=torch.float64)
         for j, f in enumerate(options):
             c = -(-cost[u][f] // step)
             if c <= room:
                 rows[j, c:] = best[: room + 1 - c] + s[f]
         best, pick = rows.min(0)
-        choice.append((u, options, pick.to(torch.int8)))
+        choice[i] = squeezed(pick)
     if best[room].isinf():
         least = sum(min(c.values()) for c in cost.values()) / 2 / sum(sizes[u] for u in score)
         raise ValueError(f"{bits} bits a weight are too few: the cheapest formats need {least:.4g}")
     plan, at = {}, room
-    for u, options, pick in reversed(choice):
-        plan[u] = options[pick[at]]
+    for u, pick in reversed(list(zip(score, choice))):
+        plan[u] = list(score[u])[int(pick[at // 4]) >> 2 * (at % 4) & 3]
         at -= -(-cost[u][plan[u]] // step)
     return dict(reversed(plan.items()))
+
+
+def squeezed(pick):
+    """Numbers 0 to 3 -> four a byte: the table of choices is by far the largest thing here."""
+    four = F.pad(pick.to(torch.uint8), (0, -len(pick) % 4)).view(-1, 4)
+    return four[:, 0] | four[:, 1] << 2 | four[:, 2] << 4 | four[:, 3] << 6
 
 
 def mean_bits(plan, sizes):

@@ -8,9 +8,9 @@ A number of the release is a code and one or two scales, and in memory a matrix 
                                                   weight_scale_2 ()
     FP8     w = e4m3(code) s           8 bits     weight (o, i) E4M3, weight_scale ()
 
-`Packed` is a Linear that unpacks a few rows at a time and multiplies by them while they are in the
-processor's cache; `Stack` is a layer's experts, of which only those are unpacked that some token
-chose. Nothing else of the model notices: names and shapes are the release's.
+`Packed` is a Linear that unpacks some of its rows, multiplies by them and goes on to the next.
+`Stack` is a layer's experts, of which only those are unpacked that some token chose. Nothing else
+of the model notices: names and shapes are the release's.
 
 Serving rounds what goes in as well (W4A4, W8A8), with the tensor scale that calibration stored:
 

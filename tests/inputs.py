@@ -23,7 +23,7 @@ PROGRAMS = {
     **{
         name: (name, "Flags", "main")
         for name in (
-            *("sample", "heal", "hf", "model", "bench", "plot", "data", "worth"),
+            *("sample", "heal", "hf", "model", "bench", "plot", "ptq", "data", "worth"),
             *("scale.budget", "scale.release"),
         )
     },

@@ -296,6 +296,23 @@ def test_the_flags_of_sample_have_effects(capsys, monkeypatch):
         assert e.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
+def test_files_are_written_as_safetensors_reads_them(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{i}.{str(dtype)[6:]}": torch.randint(0, 99, shape, generator=g).to(dtype)
+        for i, shape in enumerate([(), (3,), (2, 5), (0, 4), (7, 3)])
+        for dtype in (*ondisk.DTYPES.values(), torch.int64)
+    }
+    with open(tmp_path / "t.safetensors", "wb") as f:
+        ondisk.store(f, tensors)
+    got = load_file(tmp_path / "t.safetensors")
+    assert set(got) == set(tensors)
+    for n, t in tensors.items():
+        assert (
+            got[n].dtype == t.dtype and got[n].shape == t.shape and torch.equal(raw(got[n]), raw(t))
+        )
+
+
 def test_rows_of_an_odd_width():
     with pytest.raises(ValueError, match="multiple of 16"):
         packed.Packed("NVFP4", 4, 40)

@@ -127,7 +127,24 @@ def sizes():
         must |= {total, active, active - c.vocab_size * c.hidden_size}
         may.add(mtp[2] if mtp else 0)
         may.add(c.n_routed_experts * c.hidden_size * c.hybrid_override_pattern.count("E"))
+    may |= released_bytes()
     return {f"{n:,}" for n in must}, {f"{n:,}" for n in must | may}
+
+
+def released_bytes():
+    """Of Super-NVFP4, and the weights that its search was about."""
+    import hf
+    from quant import calibrate, ondisk
+
+    config = hf.Config.preset("super")
+    plan, kv = ondisk.super_map(config.hybrid_override_pattern)
+    place = hf.places(hf.blank(config, plan, kv))
+    searched, model = 0, hf.blank(config)
+    for i, block in enumerate(model.backbone.layers):
+        for names in calibrate.of_block(block, str(i)).values():
+            found = calibrate.matrices(block, str(i), names)
+            searched += sum(w.numel() for w in found.values())
+    return {sum(t.numel() * hf.stored(n, t).itemsize for n, t in place.items()), searched}
 
 
 def last_scores(kind):

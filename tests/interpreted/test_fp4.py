@@ -88,6 +88,30 @@ def test_the_product_of_codes(native):
         assert rms(fp4.gemm(a, b, torch.float32, native, BM=32, BN=32, BK=64), exact) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["NVFP4", "W4A16_NVFP4"])
+def test_packed_weights_go_through_it(kind, monkeypatch):
+    """A released matrix and a layer's experts, fast and readable; fp32 is refused."""
+    from quant import packed
+
+    def filled(m):
+        for b in m.buffers():
+            bits = torch.randint(1, 120, b.shape, dtype=torch.uint8)
+            b.copy_(torch.rand(b.shape) * 0.01 if b.dtype == torch.float32 else bits.view(b.dtype))
+        return m
+
+    x, layer = torch.randn(3, 80).half(), filled(packed.Packed(kind, 48, 80))
+    slow, calls, real = layer(x), [], fp4.decode
+    monkeypatch.setattr(fp4, "decode", lambda *a, **kw: calls.append(a) or real(*a, **kw))
+    layer.fast = True
+    assert rms(layer(x), slow) < 3e-3 and len(calls) == 1
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        layer(x.float())
+    stack, count = filled(packed.Stack(kind, 4, 48, 80)), torch.tensor([1, 0, 2, 0])
+    slow = packed.mm(x, stack, count)
+    stack.fast = True
+    assert rms(packed.mm(x, stack, count), slow) < 3e-3 and len(calls) == 4
+
+
 def test_the_product_that_decodes():
     for m, n, k in ((3, 70, 208), (17, 64, 128)):
         _, b, _ = products(m, n, k)
