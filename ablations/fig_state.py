@@ -3,12 +3,12 @@ The Mamba state in few bits: what drifts with the memory, how many Philox rounds
 what the toy notices.
 
     python ablations/fig_state.py RUN RUN RUN     measures what is lacking, draws
-    python ablations/fig_state.py                 the same, without the toy's rows if they are lacking
+    python ablations/fig_state.py                 the same, without the toy's rows if they lack
 
 A head that remembers n tokens (a = exp(-1/n)) reads 4,096 of them, inputs of one sign, three draws
-(statecache.drift); a sum of 128 neighbours' noise has a spread of 1 if they are independent
-(statecache.neighbours); and a trained toy reads validation text token by token with its states
-rounded, against fp32 states: KL.
+(statecache.drift; of either sign FP16 hardly drifts: the choice was made knowing that); a sum of
+128 neighbours' noise has a spread of 1 if they are independent (statecache.neighbours); and a
+trained toy reads validation text token by token with its states rounded, against fp32 states: KL.
 
 Sources   claims: arXiv:2604.12374 section 4.3 and the Ultra report's table 16
 Not here  verbosity, which is what the report measures; a model of these sizes writes no answers
