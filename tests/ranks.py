@@ -260,7 +260,7 @@ def main():
             )
         elif broken == "targets":
             parallel.World.rows = lambda self, ids, depths: (
-                lambda i, m, t: (i[:, : t + 1], m[:, :t], t)
+                lambda i, m, t, docs: (i[:, : t + 1], m[:, :t], t, docs)
             )(*rows(self, ids, depths))
         elif broken == "narrow":
             parallel.MixedPrecisionPolicy = lambda kind, reduced, **more: policy(kind, kind, **more)

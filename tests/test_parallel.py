@@ -182,10 +182,10 @@ def alike(a, b):
 
 
 def stage():
-    """The README's arguments for the long-context stage's second half and its dry run, and where
+    """docs/ranks.md's arguments for the long-context stage's second half and its dry run, and where
     the first half ends.
     """
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "ranks.md").read_text()
     lines = [
         line
         for line in text.replace("\\\n", " ").splitlines()
@@ -199,7 +199,7 @@ def stage():
     )
 
 
-def test_the_long_context_stage_of_the_readme(monkeypatch, tmp_path):
+def test_the_long_context_stage_of_the_page(monkeypatch, tmp_path):
     """It goes on from the pretrained run with a rate that is constant, every second batch is short,
     and both halves fit.
     """

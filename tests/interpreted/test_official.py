@@ -17,8 +17,8 @@ import torch
 from conftest import rms
 from test_ssd import NAMES, answers, definition, inputs
 
-from bench import stranger
 from kernels import ssd as kernel
+from speed.rows import stranger
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed"
