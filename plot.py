@@ -134,7 +134,7 @@ def draw_ahead(ax, rows, depths):
     ax.set(
         xlabel="optimiser step",
         ylabel="nats above the next token's",
-        title=f"Tokens further ahead cost {dearer} nats",
+        title=f"Further ahead costs {dearer} nats",
     )
     name_ends(ax, ends)
 

@@ -993,6 +993,22 @@ def test_nano_has_no_latent_and_no_mtp():
     assert names["backbone.layers.1.mixer.experts.up_proj"].shape == (128, 1856, 2688)
 
 
+def test_first_numbers_follow_the_width():
+    """0.9 / sqrt(d): what both recipes state at their widths, and what --model's own width gets."""
+    from config import initial_std
+    from training.settings import Run, configure
+
+    assert (initial_std(4096), initial_std(2688)) == (0.014, 0.0173)
+    assert Config.preset("super").initializer_range == 0.014
+    assert Config.preset("nano").initializer_range == 0.0173
+    for width in (64, 128, 768):
+        assert initial_std(width) == pytest.approx(0.9 / width**0.5, rel=0.01)
+    changed = configure(Run(model="hidden_size=64"), 300)
+    assert changed.initializer_range == initial_std(64) != Config.preset("toy").initializer_range
+    said = configure(Run(model="hidden_size=64,initializer_range=0.04"), 300)
+    assert said.initializer_range == 0.04
+
+
 def test_this_file_can_fail():
     model, ids = tiny(), text(2, 12)
     want = model(ids)

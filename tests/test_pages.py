@@ -280,6 +280,22 @@ def test_the_scores_are_the_receipts():
     assert not list(wrong_scores(PAGES["README.md"]))
 
 
+def stale_resumes(text):
+    """Commands that go on with a toy to a step which the default run has already passed."""
+    from training.settings import Run
+
+    for c in commands(text):
+        if c.script == "train.py" and {"--resume", "--steps"} <= set(c.args):
+            small = "--preset" not in c.args
+            if small and int(c.args[c.args.index("--steps") + 1]) <= Run().steps:
+                yield c
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_run_that_goes_on_has_somewhere_to_go(page):
+    assert not list(stale_resumes(PAGES[page]))
+
+
 def test_this_file_can_fail():
     good = PAGES["README.md"]
     assert list(broken_links("README.md", "[a](gone.py) [b](#nowhere) [c](http://x.org)")) == [
@@ -298,4 +314,5 @@ def test_this_file_can_fail():
     assert rows_of_ranks(line.replace(",4", ",5"))[0] != []
     score = next(x for x in good.splitlines() if x.startswith("| `python train.py"))
     assert not list(wrong_scores(score)) and list(wrong_scores(re.sub(r"\d \|$", "x |", score)))
+    assert list(stale_resumes(PAGES["docs/drafts.md"].replace("--steps 1090", "--steps 560")))
     assert LONG.findall("120,668,707,841 of 10,000") == ["120,668,707,841"]
