@@ -28,6 +28,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class KV:
@@ -60,11 +61,11 @@ class KV:
         self.length = self.length - n
         if self.fixed:
             return
-        if isinstance(n, int):
-            self.used -= n
-        else:
-            self.used = int(self.length.max())
-            self.even = bool((self.length == self.used).all())
+        left = [self.used - n] if isinstance(n, int) else self.length.tolist() or [0]
+        if not 0 <= min(left) <= max(left) <= self.used:
+            raise ValueError(f"{n} tokens fewer than the {self.used} of a row leave {left}")
+        self.used = max(left)
+        self.even = self.even if isinstance(n, int) else min(left) == self.used
 
     def first(self, count=None):
         """The position of the next token: a number, or (b,) when rows may differ."""
@@ -125,16 +126,36 @@ def rotate(x, first, base):
     return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
 
 
+def fused(q, *args, one=False, **how):
+    """torch's own attention; of one token on a GPU not cuDNN's, which plans anew for every number
+    of keys.
+    """
+    if not (q.is_cuda and one):
+        return F.scaled_dot_product_attention(q, *args, **how)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, *args, **how)
+
+
 def attend(q, k, v, first):
     """Causal attention of new queries over all keys: query i of a row stands at first + i.
 
     q (b, h, t, e)   k, v (b, kv heads, L, e)   -> (b, h, t, e)
     first: a number, or (b,) when rows differ
     """
-    (b, _, t, _), L = q.shape, k.shape[2]
+    (b, h, t, _), (rows, kv, L, _) = q.shape, k.shape
+    if not kv or h % kv:  # torch's CPU kernel would end the process
+        raise ValueError(f"{h} heads of queries cannot share {kv} heads of keys")
     even = isinstance(first, int)
+    if rows != b or v.shape[:3] != k.shape[:3] or even and not 0 <= first <= L - t:
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        raise ValueError(f"q, k and v are {shapes}, and the first query stands at {first}")
+    if even:  # nobody sees what comes later
+        L = first + t
+        k, v = k[:, :, :L], v[:, :, :L]
+    if t == 1 and h > kv:  # queries of one head of keys, as if they were tokens
+        return attend_to_shared(q, k, v, first)
     if even and (t == 1 or first == 0):  # one sees all, t a triangle
-        return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1, enable_gqa=True)
+        return fused(q, k, v, is_causal=t > 1, enable_gqa=True, one=t == 1)
     if even and q.device.type == "cpu" and not any(x.requires_grad for x in (q, k, v)):
         return attend_in_two(q, k, v, first)
     out, rows = [], max(1, 2**22 // (b * L))  # the mask stays small
@@ -145,8 +166,20 @@ def attend(q, k, v, first):
         at = at + (first if even else first[:, None, None])  # (n,) or (b, 1, n)
         mask = torch.arange(end, device=q.device) <= at[..., None]  # (n, end) or (b, 1, n, end)
         seen = k[:, :, :end], v[:, :, :end]
-        out.append(F.scaled_dot_product_attention(q[:, :, i : i + n], *seen, mask, enable_gqa=True))
+        out.append(fused(q[:, :, i : i + n], *seen, mask, enable_gqa=True, one=t == 1))
     return torch.cat(out, 2)
+
+
+def attend_to_shared(q, k, v, first):
+    """`attend` of one new query. Those h/kv heads that share keys ask at once, as that many tokens
+    would: then there are as many heads of queries as of keys, so that torch's every kernel takes
+    them (with a mask only one that would otherwise copy the keys for each head).
+    """
+    mask = None
+    if not isinstance(first, int):
+        mask = (torch.arange(k.shape[2], device=q.device) <= first[:, None])[:, None, None]
+    y = fused(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, mask, one=True)  # (b, kv, h/kv, e)
+    return y.flatten(1, 2)[:, :, None]
 
 
 def attend_in_two(q, k, v, first):
@@ -157,6 +190,7 @@ def attend_in_two(q, k, v, first):
     logs torch's CPU kernel gives too. It has no gradient of them.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # -> (y, log of the sum)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it reads rows
     past = flash(q, k[:, :, :first], v[:, :, :first], 0.0, False)
     own = flash(q, k[:, :, first:], v[:, :, first:], 0.0, True)
     both = torch.logaddexp(past[1], own[1])  # (b, h, t)

@@ -23,8 +23,9 @@ as ordinary text, whatever it looks like: no data can open a turn or close one.
     encode    parts -> ids, learned       reply    a sampled text -> reasoning, content, calls
     parse     a rendered text -> messages
 
-Not here  what is asked: post/tasks.py. The paragraph in which the release explains how to call a
-          tool is NVIDIA's text; HOW_TO_CALL says it in our own words, `how_to_call` takes another's
+Not here  what is asked: post/tasks.py; other people's conversations: post/talks.py. The paragraph
+          in which the release explains how to call a tool is NVIDIA's text; HOW_TO_CALL says it in
+          our own words, `how_to_call` takes another's
 Sources   the chat template beside the released checkpoints of Nano and Super, followed to the
           character; names of fields as in the OpenAI interface
 Departs   the line break after <|im_end|> is not learned: sampling stops before it
@@ -137,10 +138,23 @@ def calls(message):
 
 
 def assistant(message, keep, learned):
-    """The parts of an assistant's turn, from behind its header to <|im_end|>."""
-    body = [
-        (p, p in (THINK, ENOUGH)) for p in re.split(f"({THINK}|{ENOUGH})", thought(message, keep))
-    ]
+    """The parts of an assistant's turn, from behind its header to <|im_end|>. What the prompt for
+    it has said already is never learned.
+    """
+    body = spoken(message, keep)
+    before = given_before(body)
+    out = [Part(text, tag, True, False) for text, tag in body[:before]]
+    if before == 1:  # <think> and a line break, which is the beginning of the text behind it
+        text = body[1][0]
+        out.append(Part("\n", False, True, False))
+        body[1] = (text[1:], False)
+    return [*out, *(Part(text, tag, True, learned) for text, tag in body[before:] if text)]
+
+
+def spoken(message, keep):
+    """The same turn as (text, whether it is a special token) pairs, none of them empty."""
+    pieces = re.split(f"({THINK}|{ENOUGH})", thought(message, keep))
+    body = [(text, text in (THINK, ENOUGH)) for text in pieces]
     some = list(calls(message))
     if some:
         body.append(("\n", False))
@@ -148,14 +162,7 @@ def assistant(message, keep, learned):
         inside = "".join(f"<parameter={k}>\n{spell(v)}\n</parameter>\n" for k, v in given.items())
         body += [(CALL, True), (f"\n<function={name}>\n{inside}</function>\n", False)]
         body += [(CALLED, True), ("\n", False)]
-    body = [p for p in [*body, (END, True)] if p[0]]
-    asked = given_before(body)
-    out = [Part(text, tag, True, False) for text, tag in body[:asked]]
-    if asked == 1:  # the prompt's line break belongs to the text behind <think>
-        text = body[1][0]
-        out.append(Part("\n", False, True, False))
-        body[1] = (text[1:], False)
-    return [*out, *(Part(text, tag, True, learned) for text, tag in body[asked:] if text)]
+    return [(text, tag) for text, tag in [*body, (END, True)] if text]
 
 
 def given_before(body):
@@ -183,14 +190,14 @@ def parts(
         system = rest.pop(0)["content"]
     about = "\n\n" * bool(system and tools) + (describe(tools, how_to_call) if tools else "")
     out = [Part(START, True), Part("system\n" + system + about), Part(END, True), Part("\n")]
-    asked = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=-1)
+    question = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=-1)  # the last
     mode = "\n\n{reasoning effort: low}" * low_effort
     mode += "" if budget is None else f"\n\n{{thinking token budget: {budget}}}"
     for i, m in enumerate(rest):
         role = m["role"]
         if role == "assistant":
             out += [Part(START, True), Part("assistant\n")]
-            out += [*assistant(m, not truncate or i >= asked, i > asked), Part("\n")]
+            out += [*assistant(m, not truncate or i >= question, i > question), Part("\n")]
         elif role == "tool":
             if i and rest[i - 1]["role"] != "tool":  # results in a row share a turn
                 out += [Part(START, True), Part("user\n")]
@@ -198,7 +205,7 @@ def parts(
             if rest[i + 1 : i + 2] == [] or rest[i + 1]["role"] != "tool":
                 out += [Part(END, True), Part("\n")]
         else:
-            text = f"{role}\n{m['content']}" + mode * (i == asked)
+            text = f"{role}\n{m['content']}" + mode * (i == question)
             out += [Part(START, True), Part(text), Part(END, True), Part("\n")]
     if generate:
         out += [Part(START, True), Part("assistant\n"), Part(THINK, True)]
@@ -231,46 +238,6 @@ def documents(messages):
     """A conversation of n questions as n that each end with one answer: what each teaches."""
     ends = [i for i, m in enumerate(messages) if m["role"] == "user"][1:] + [len(messages)]
     return [messages[:i] for i in ends]
-
-
-def check(messages, tools=None):
-    """ValueError says what is wrong with a conversation somebody else has written."""
-    known = {tool.get("function", tool).get("name") for tool in tools or ()}
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages is no list of turns")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in ROLES:
-            role = m.get("role") if isinstance(m, dict) else m
-            raise ValueError(f"turn {i} has the role {role!r}, which is none of {', '.join(ROLES)}")
-        if m["role"] == "system" and i:
-            raise ValueError(f"turn {i} is the system's, whose only place is the first")
-        content = m.get("content")
-        if not isinstance(content, str) and not (m["role"] == "assistant" and content is None):
-            raise ValueError(
-                f"turn {i} ({m['role']}) has the content {content!r}, which is no text"
-            )
-        if not isinstance(m.get("reasoning_content") or "", str):
-            raise ValueError(f"turn {i} has a reasoning_content that is no text")
-        try:
-            wanted = list(calls(m))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"turn {i} has a tool call without a name or with bad arguments"
-            ) from None
-        for name, given in wanted:
-            if name not in known:
-                raise ValueError(
-                    f"turn {i} calls {name!r}, which is none of its tools: {sorted(known)}"
-                )
-            if not isinstance(given, dict):
-                raise ValueError(
-                    f"turn {i} calls {name!r} with {given!r}, which names no parameters"
-                )
-        said = (content or "").strip() or wanted or (m.get("reasoning_content") or "").strip()
-        if m["role"] == "assistant" and not said:
-            raise ValueError(f"turn {i} is an empty reply")
-    if messages[-1]["role"] != "assistant" or not any(m["role"] == "user" for m in messages):
-        raise ValueError("it has no question, or does not end with a reply: nothing to learn")
 
 
 # 2. Parsing
@@ -360,13 +327,16 @@ def encode(enc, said):
     ids, learned, run, owner = [], [], "", False
     missing = [s for s in SPECIAL if s not in enc._special_tokens]
     if missing:
-        raise ValueError(f"the tokenizer {enc.name} has no special token {missing[0]}")
+        raise ValueError(
+            f"the tokenizer {enc.name} has no special token {missing[0]}: its model was not taught "
+            "to answer; python sft.py makes one that is"
+        )
 
     def close():
         new = tokenizer.spell(enc, run)
         return new, [owner] * len(new)
 
-    for part in [*said, Part("", True)]:
+    for part in [*said, Part("", True)]:  # the last one closes the run that is still open
         if part.tag or part.learned != owner:
             new, owned = close()
             ids, learned, run, owner = ids + new, learned + owned, "", part.learned
@@ -376,6 +346,12 @@ def encode(enc, said):
         elif not part.tag:
             run += part.text
     return ids, learned
+
+
+def enough(enc, thought):
+    """The ids that close a reasoning which has had its tokens, done or not."""
+    line = tokenizer.spell(enc, "\n")
+    return [*(line if thought else ()), enc.encode_single_token(ENOUGH), *line]
 
 
 @torch.no_grad()

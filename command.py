@@ -1,27 +1,24 @@
 """
-Commands: what every program here shares. A flag is declared once, with its help and its bounds;
-what can be foreseen to fail ends in one sentence and the right exit code.
-
-    @dataclass(frozen=True)
-    class Flags:
-        steps: int = knob(128, "optimiser steps", least=1, most=10**9)
-        device: str = knob("auto", "where", choices=("auto", "cpu", "cuda", "mps"))
+Commands: a dataclass of flags becomes a program, and what can be foreseen to fail ends in one
+sentence and the right exit code.
 
     def main(argv=None):
         command.run(work, Flags, "heal.py", __doc__, argv)          work(flags) does it, and returns
 
-    knob      a field: default, help, bounds; a number or text without bounds is refused at once
-    parser    every field of a dataclass is a flag; only what was given is in the answer
-    value     a text -> what a field may hold      check    the same of any object with such fields
     run       parse, check, work; then exit   0 done        1 stopped by the numbers or the machine
                                               2 bad input   130 interrupted
-    document  a JSON file, or one sentence that names the file
-    device    auto, cpu, cuda or mps -> what is there
-    fits      refuses what the memory cannot hold
+    parser    every field is a flag; only what was given is in the answer
+    ending    an exception -> exit code and sentence; nothing if it is a fault of ours
+    demo      of a file that prints its point: no flags, the same ends
+    part      of a file that is no program: what to type instead
 
-Bounds hold for whoever makes the object: a command line, a notebook, a file. NaN is in no bounds.
+Asked before the work begins, so that it does not fail in the middle:
 
-Not here  what the flags mean: each program's own file; how fields bear on each other
+    document, text    a JSON file, a text file, or one sentence that names the file
+    device            auto, cpu, cuda or mps -> what is there
+    fits              refuses what the memory cannot hold
+
+Not here  what fields may hold: bounds.py; what the flags mean: each program's own file
 Sources   exit codes 2 and 130 as argparse and the shell have them
 """
 
@@ -30,159 +27,55 @@ import contextlib
 import errno
 import json
 import os
-import re
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import get_args
+from urllib.error import URLError
 
-ENDLESS = 10**9  # of steps, tokens, sequences: nobody has counted further
-LONGEST = 4096  # characters of a name or a path
+from bounds import ENDLESS, brief, check, flag, kinds, knob, value
 
-
-# 1. Declarations
+HOME = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What a field may hold. Of text: how many characters. Of a list: of each of its elements."""
-
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    choices: tuple = ()
-    spells: str = ""
-
-    def words(self, kind):
-        """As a sentence has it: `an integer from 1 to 8`."""
-        if self.choices:
-            return "one of " + ", ".join(map(repr, self.choices))
-        if self.spells:
-            return f"spelled as {self.spells}"
-        if kind is str:
-            return f"text of {self.least:,} to {self.most:,} characters"
-        low = f"from {self.least:,} to" if self.above is None else f"above {self.above:,} and up to"
-        return f"{'an integer' if kind is int else 'a number'} {low} {self.most:,}"
-
-    def hold(self, x):
-        """Whether a number, or the number of a text's characters, lies within. Never for NaN."""
-        low = x >= self.least if self.above is None else x > self.above
-        return bool(low and x <= self.most)
-
-
-def knob(
-    default,
-    help="",
-    least=None,
-    most=None,
-    above=None,
-    choices=(),
-    spells="",
-    memory=False,
-    place=False,
-):
-    """A field with its bounds. Text is 1 to 4096 characters if nothing else is said (0 where the
-    default is empty). memory: less of it needs less memory, which an error then says; place: no
-    flag, but an argument by its place.
+def cut_short(kind, e, trace):
+    """Of an exception that nobody took: while a program is still being imported, too, Ctrl-C and a
+    library that is not there, or fails, end with a line and a code. Any other shows its traceback.
     """
-    text = isinstance(default, (str, tuple)) or default is MISSING
-    if text and most is None:
-        least, most = int(default != "") if least is None else least, LONGEST
-    bounds = Bounds(least, most, above, tuple(choices), spells)
-    known = bounds.choices or spells or most is not None and (least is None) != (above is None)
-    if not known and not isinstance(default, bool):
-        raise TypeError(f"a knob without bounds: {help or default!r}")
-    return field(
-        default=default, metadata=dict(help=help, bounds=bounds, memory=memory, place=place)
-    )
-
-
-def kinds(f):
-    """The types that a field may have, None and list among them: int | None -> (int, NoneType)."""
-    return get_args(f.type) or (f.type,)
-
-
-def kind(f):
-    """Its first type, which is that of a list's elements too."""
-    return str if kinds(f)[0] is tuple else kinds(f)[0]
-
-
-def flag(f):
-    return f.name if f.metadata["place"] else "--" + f.name.replace("_", "-")
-
-
-def brief(x):
-    text = repr(x)
-    return text if len(text) <= 60 else text[:50] + f"... ({len(text):,} characters)"
-
-
-# 2. Checks
-
-
-def fault(f, x):
-    """Why a field may not hold x, as the end of a sentence; nothing if it may."""
-    bounds, one = f.metadata["bounds"], kind(f)
-    if x is None and NoneType in kinds(f):
-        return ""
-    if isinstance(x, (list, tuple)) and {list, tuple} & set(kinds(f)):
-        if not x and list in kinds(f):
-            return "the list is empty"
-        return next(filter(None, (fault(f, y) for y in x)), "")
-    fits = isinstance(x, (int, float) if one is float else one)
-    if isinstance(x, bool) != (one is bool) or not fits:
-        what = "true or false" if one is bool else bounds.words(one)
-    elif one is bool:
-        return ""
-    elif bounds.choices:
-        what = "" if x in bounds.choices else bounds.words(one)
-    elif one is str and "\0" in x:
-        what = "text without NUL characters"
-    elif one is str and bounds.spells:
-        what = "" if re.fullmatch(bounds.spells, x) else bounds.words(one)
+    failed = issubclass(kind, (ImportError, OSError, ValueError)) and library(e, trace)
+    if issubclass(kind, KeyboardInterrupt):
+        code, line = 130, "interrupted"
+    elif failed and issubclass(kind, ModuleNotFoundError):
+        code, line = 2, f"error: {e}: pip install -r requirements.txt"
+    elif failed:
+        code, line = 2, f"error: {failed} cannot be imported: {' '.join(str(e).split())[:240]}"
     else:
-        size = len(x) if one is str else x
-        what = "" if bounds.hold(size) else bounds.words(one)
-    return what and f"{brief(x)} is not {what}"
+        return sys.__excepthook__(kind, e, trace)
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {line}\n")
+        sys.stderr.flush()
+    os._exit(code)
 
 
-def check(settings, name=flag):
-    """ValueError of the first field whose value its declaration does not allow. name: how fields
-    are called.
-    """
-    for f in fields(settings):
-        if why := fault(f, getattr(settings, f.name)):
-            raise ValueError(f"{name(f)}: {why}")
-    return settings
+def library(e, trace):
+    """Whose import an exception is about; empty if it is a file of ours."""
+    while trace.tb_next:
+        trace = trace.tb_next
+    missing = isinstance(e, ModuleNotFoundError) and e.name
+    top = (missing or trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return "" if top == "__main__" or list(HOME.glob(f"{top}*")) else top
 
 
-def build(kind, given, where, over=None):
-    """A `kind` from what another place holds (a file, perhaps of another version), with `over` over
-    it. ValueError names what this version does not know, or does not allow.
-    """
-    if not isinstance(given, dict):
-        raise ValueError(f"{where}: {brief(given)} is no table of fields")
-    if strange := sorted(set(given) - {f.name for f in fields(kind)}):
-        raise ValueError(
-            f"{where}: {brief(', '.join(strange))} is unknown here: was another version its writer?"
-        )
-    return check(kind(**{**given, **(over or {})}), lambda f: f"{where}: {f.name}")
+def ours():
+    """Whether this process was started as a program of this project, and not as another's."""
+    started = getattr(sys.modules["__main__"], "__file__", None) or ""
+    return HOME in Path(started).resolve().parents
 
 
-def value(f, text):
-    """A text as a command line has it -> what the field holds; ValueError ends the sentence."""
-    one, bounds = kind(f), f.metadata["bounds"]
-    if text == "None" and NoneType in kinds(f):
-        return None
-    words = {"true": True, "1": True, "false": False, "0": False}
-    try:
-        x = words[text.lower()] if one is bool else one(text)
-    except (ValueError, KeyError):
-        what = "true or false" if one is bool else bounds.words(one)
-        raise ValueError(f"{brief(text)} is not {what}") from None
-    if why := fault(f, x):
-        raise ValueError(why)
-    return x
+if ours():
+    sys.excepthook = cut_short
+
+
+# 1. Flags
 
 
 def parser(kind, program, about):
@@ -192,7 +85,7 @@ def parser(kind, program, about):
     p = argparse.ArgumentParser(
         prog=program,
         usage=f"{program} {places(kind)}[--flag value ...]; -h lists the flags",
-        description=about.strip().split("\n\n")[0],
+        description=(about or "").strip().split("\n\n")[0],
         allow_abbrev=False,
     )
     for f in fields(kind):
@@ -206,10 +99,10 @@ def places(kind):
 
 def how(f):
     """A field's words for argparse."""
-    switch, note = isinstance(f.default, bool), f" (default: {f.default})"
-    help = (f.metadata["help"] + note * (not switch and f.default not in ("", (), None))).replace(
-        "%", "%%"
-    )
+    help, switch = f.metadata["help"], isinstance(f.default, bool)
+    if not switch and f.default not in ("", (), None):
+        help += f" (default: {f.default})"
+    help = help.replace("%", "%%")
     if switch:
         return dict(action=argparse.BooleanOptionalAction, help=help)
 
@@ -222,12 +115,13 @@ def how(f):
     many = tuple in kinds(f)
     if f.metadata["place"]:
         return dict(type=read, help=help, nargs="*" if many else "?")
-    return dict(type=read, help=help, metavar=f.name.upper()) | (
-        dict(action="append") if many else {}
-    )
+    more = dict(action="append") if many else {}
+    if f.metadata["bare"] is not None:
+        more |= dict(nargs="?", const=f.metadata["bare"])
+    return dict(type=read, help=help, metavar=f.name.upper()) | more
 
 
-# 3. Ends
+# 2. Ends
 
 # What torch says, in a RuntimeError, of a machine that is full.
 NO_MEMORY = (
@@ -241,7 +135,8 @@ NO_MEMORY = (
     "storage size calculation overflowed",
     "failed to allocate",
 )
-NO_DISK = "pytorchstreamwriter"
+NO_DISK = "pytorchstreamwriter"  # that a file could not be written
+# What a system says of a disk that is full or broken, or of too many open files.
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
@@ -252,27 +147,43 @@ def causes(e):
         e = e.__cause__ or e.__context__
 
 
-def ending(e, kind=None):
-    """Exit code and sentence of a failure that can be foreseen; None of any other."""
-    said, first = str(e).strip(), (str(e).strip().splitlines() or [""])[0]
-    full = [c for c in causes(e) if isinstance(c, OSError) and c.errno in MACHINE]
-    no_memory = isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno == errno.ENOMEM
+def no_memory(e):
+    """Whether it says that the memory is full: Python's, the system's, or torch's."""
     if isinstance(e, RuntimeError):
-        no_memory |= any(words in said.lower() for words in NO_MEMORY)
+        return any(words in str(e).lower() for words in NO_MEMORY)
+    return isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno == errno.ENOMEM
+
+
+def innocent(e):
+    """Whether it says nothing of what was read: the machine is full, or this user may not read."""
+    refused = isinstance(e, OSError) and (isinstance(e, PermissionError) or e.errno in MACHINE)
+    return refused or no_memory(e)
+
+
+def ending(e, kind=None):
+    """Exit code and sentence of a failure that can be foreseen; None of any other. kind: the
+    program's flags, some of which need less memory if they are less.
+    """
+    said = str(e).strip()
+    first = said.split("\n")[0][:160]
+    full = [c for c in causes(e) if isinstance(c, OSError) and c.errno in MACHINE]
     if isinstance(e, KeyboardInterrupt):
         return 130, said or "interrupted"
-    if no_memory:
+    if no_memory(e):
         less = [flag(f) for f in fields(kind) if f.metadata["memory"]] if kind else []
-        advice = f"; less of {', '.join(less)} needs less" * bool(less)
-        return 1, f"stopped: out of memory ({first[:160] or 'no more is given'}){advice}"
+        advice = f"; less of {', '.join(less)} needs less" if less else ""
+        return 1, f"stopped: out of memory ({first or 'no more is given'}){advice}"
     if full:
         return 1, f"stopped: {full[0].strerror}: {full[0].filename or 'while writing'}"
     if isinstance(e, RuntimeError) and NO_DISK in said.lower():
-        return 1, f"stopped: a file could not be written ({first[:160]})"
-    if isinstance(e, (FloatingPointError, ConnectionError, TimeoutError)):
+        return 1, f"stopped: a file could not be written ({first})"
+    stops = FloatingPointError, ChildProcessError, ConnectionError, TimeoutError, URLError
+    if isinstance(e, stops):
         return 1, f"stopped: {said}"
     if isinstance(e, OSError) and e.filename is not None:
         return 2, f"{e.strerror}: {e.filename}"
+    if isinstance(e, ImportError) and e.name:
+        return 2, f"{said}: is it in requirements.txt, or in requirements-dev.txt?"
     if isinstance(e, (ValueError, OSError, ImportError)):
         return 2, said or type(e).__name__
     return None
@@ -294,12 +205,24 @@ def say(line=""):
         mute()
 
 
+def whole():
+    """Of a process without one of the standard streams (`>&-`): nothing comes, and what is printed
+    goes nowhere. Else the next file that is opened would get the stream's number, and a checkpoint
+    would hold what a library prints.
+    """
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+            os.set_inheritable(getattr(sys, name).fileno(), True)
+
+
 def run(work, kind, program, about, argv=None, make=None):
     """Parses argv, makes a `kind` of what was given (or what `make` makes of it), checks it, and
     calls work with it. Returns when that is done; every failure that can be foreseen ends the
     process with one sentence and its code. An exception that nobody foresaw passes: it is a fault
     of ours, and its traceback is needed.
     """
+    whole()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console without the letter shows a question mark
             stream.reconfigure(errors="replace")
@@ -308,7 +231,7 @@ def run(work, kind, program, about, argv=None, make=None):
         given = vars(p.parse_args(argv))
         settings = make(given) if make else kind(**given)
         work(check(settings))
-        sys.stdout and sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         mute()
         sys.exit(1)
@@ -339,15 +262,27 @@ def demo(show, about):
     run(lambda flags: show(), NoFlags, Path(sys.argv[0]).name, about)
 
 
-# 4. What several programs ask for
+def part(line):
+    """The end of a file that is no program, if it is started as one: the command whose work it
+    does, and exit code 2.
+    """
+    name = Path(sys.argv[0]).name
+    print(f"{name} is no program, but a part of one: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+# 3. Asked before the work begins
 
 
 def document(path, kind=dict):
-    """A JSON file -> the dict (or what kind says) in it. Files that an editor gave a byte order
-    mark are read too.
-    """
+    """A JSON file -> the dict (or what kind says) in it."""
+    return parsed(Path(path).read_bytes(), path, kind)
+
+
+def parsed(raw, path, kind=dict):
+    """The same of bytes that were read from there. An editor's byte order mark is no fault."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{path} is no JSON: {brief(str(e))[1:-1]}") from None
     if not isinstance(found, kind):
@@ -367,12 +302,58 @@ def text(path):
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
-def device(asked="auto", mps=True):
-    """The name of a device that this machine has. mps: whether auto may mean Apple's."""
+def devices():
+    """The names of those that this machine has, the best first."""
     import torch
 
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there.append("cpu")
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    return [*found, "cpu"]
+
+
+def device(asked="auto", mps=True, fast=False):
+    """The name of a device that this machine has, ready for use. mps: whether auto may mean
+    Apple's; fast: whether kernels are to run there.
+    """
+    name = choose(asked, mps)
+    if name == "cuda":
+        ready(fast)
+    if name == "mps" and fast:
+        raise ValueError("--fast needs a CUDA GPU: on Apple's MPS leave it out")
+    return name
+
+
+def float8(device, what):
+    """ValueError for what needs float8 on a device that has none."""
+    if str(device).startswith("mps"):
+        raise ValueError(f"{what}: Apple's MPS has no float8; --device cpu has")
+
+
+def ready(fast=False):
+    """A CUDA card for exact fp32: by default its convolutions would round to TF32. ValueError for
+    what a card that is there cannot do.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    card, arches = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    name = ".".join(map(str, card))
+    oldest = min((int(a[3:].rstrip("af")) for a in arches if a.startswith("sm_")), default=0)
+    if 10 * card[0] + card[1] < oldest:
+        raise ValueError(
+            f"this PyTorch is built for {', '.join(arches)}, and the GPU has compute capability "
+            f"{name}: an older PyTorch, or --device cpu"
+        )
+    if fast and card < (8, 0):
+        raise ValueError(
+            f"--fast needs a GPU of compute capability 8.0 or later, not {name}: leave it out"
+        )
+
+
+def choose(asked, mps):
+    """`device`, before it is known whether it can be used."""
+    import torch
+
+    there = devices()
     if asked not in DEVICES:
         raise ValueError(f"--device {asked!r}: choose auto, cpu, cuda or mps")
     if asked != "auto" and asked not in there:
@@ -405,29 +386,37 @@ def fits(size, what):
         )
 
 
-def main(argv=None):
+def main():
     """Prints the point: what bounds let in, and how failures end."""
 
     @dataclass(frozen=True)
     class Flags:
         steps: int = knob(128, "optimiser steps", least=1, most=ENDLESS)
         lr: float = knob(1e-3, "learning rate", above=0, most=10)
-        device: str = knob("auto", "where", choices=DEVICES)
+        batch: int = knob(16, "sequences a step", least=1, most=ENDLESS, memory=True)
 
-    def show(flags):
-        print("the flags of this program, and what they let in:")
-        for f in fields(Flags):
-            print(f"  {flag(f):10}{f.metadata['bounds'].words(kind(f))}")
-            for x in ("7", "-1", "nan", "a word", "1e400"):
-                try:
-                    print(f"  {'':10}{x!r:10} -> {value(f, x)}")
-                except ValueError as e:
-                    print(f"  {'':10}{x!r:10} {e}")
-        for e in (ValueError("x is 3"), FloatingPointError("loss nan"), MemoryError(), TypeError()):
-            print(f"{type(e).__name__:20} ends with {ending(e, Flags)}")
-
-    run(show, Flags, "command.py", __doc__, argv)
+    print("what the flags of this program let in:")
+    for f in fields(Flags)[:2]:
+        print(f"{flag(f):8}{f.metadata['bounds'].words(kinds(f)[0])}")
+        for text in ("7", "-1", "nan", "a word", "", "1e400"):
+            try:
+                print(f"  {text!r:10}-> {value(f, text)!r}")
+            except ValueError as e:
+                print(f"  {text!r:10}{e}")
+    seen = [
+        ValueError("x is 3"),
+        FloatingPointError("loss nan"),
+        MemoryError(),
+        OSError(errno.ENOSPC, "No space left on device", "log.csv"),
+        KeyboardInterrupt("go on with --resume"),
+        TypeError("ours"),
+    ]
+    print("\nhow it ends: exit code and sentence")
+    for e in seen:
+        code, sentence = ending(e, Flags) or ("", "a fault of ours: its traceback is needed")
+        print(f"  {type(e).__name__:20}{code:4} {sentence}")
+    print(f"\nthis machine: {device()}, {machine() / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":
-    main()
+    demo(main, __doc__)

@@ -5,8 +5,8 @@ model.
 A string spells the stack, one letter per layer: M Mamba-2, * attention, E LatentMoE, - MLP. The
 rest: sizes.
 
-    Config.preset("super")     toy | tiny-nv | small | nemotron-h-8b | nano-9b-v2 | nano | super;
-                               the defaults are Super's
+    Config.preset("super")     toy | tiny-nv | small | mini | nemotron-h-8b | nano-9b-v2 | nano |
+                               super; the defaults are Super's
     Config.from_hf(dict)       the config.json of any member of the family: family.py
     config.to_hf()             what transformers and other loaders read
 
@@ -21,8 +21,10 @@ Departs   initializer_range is pre-training's, by `initial_std`; the released co
 from dataclasses import dataclass, fields
 
 import command
+
+import bounds
 import family
-from command import knob
+from bounds import knob
 
 LETTERS = {"M": "Mamba-2", "*": "attention", "E": "LatentMoE", "-": "MLP"}
 
@@ -102,7 +104,7 @@ class Config:
     pad_token_id: int | None = knob(0, least=0, most=1 << 24)
 
     def __post_init__(self):
-        command.check(self, lambda f: f.name)
+        bounds.check(self, lambda f: f.name)
         for name in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):
             if wrong := sorted(set(getattr(self, name)) - set(LETTERS)):
                 raise ValueError(
@@ -157,8 +159,8 @@ class Config:
 
     @staticmethod
     def preset(name):
-        """toy: a laptop. tiny-nv: NVIDIA's test shape. small: one GPU. nano: 30B-A3B. super:
-        120B-A12B. nemotron-h-8b, nano-9b-v2: without experts.
+        """toy: a laptop. mini: as small as still learns tasks. tiny-nv: NVIDIA's test shape. small:
+        one GPU. nano: 30B-A3B. super: 120B-A12B. nemotron-h-8b, nano-9b-v2: without experts.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
@@ -199,10 +201,9 @@ class Config:
 
 PRESETS = dict(
     # Minutes on two CPU cores: all three mixers, a latent at half the width. The routed path is
-    # five
-    # matrices in a row and starts far below the shared expert; Super has a million steps to lift
-    # it, this toy 880, so that it gets a small shared expert and a scale of 24 instead of Super's
-    # 5.
+    # four matrices and a square in a row and starts far below the shared expert. Super has a
+    # million steps to lift it, the toy 880; so it gets a small shared expert and a scale of 24
+    # where Super has 5.
     toy=dict(
         hybrid_override_pattern="MEMEM*EME",
         vocab_size=2048,

@@ -16,7 +16,7 @@ and any other is unknown, which is a refusal too. Two spellings of one thing hav
 
     read(dict, names of the fields)    config.json -> {field: value}
 
-Not here  the fields' meaning, the presets: config.py. Tensors: hf.py
+Not here  the fields' meaning, the presets: config.py. Tensors: census.py
 Sources   the released config.json of each; arXiv:2504.03624 (Nemotron-H), 2508.14444 (Nano v2);
           transformers' NemotronHConfig, for what it ignores and how it once called things
 """
@@ -111,14 +111,14 @@ def read(given, known):
 
 
 def spelled(given):
-    """config.json with one name for each field, and its patterns in letters. null is as good as
-    absent.
+    """config.json with one name for each field, and its patterns in letters. Of a pattern null is
+    as good as absent; beside a number it contradicts it.
     """
     for alias in ALIASES.keys() & given.keys():
         value, name = given.pop(alias), ALIASES[alias]
-        if given.get(name) is None:
-            given[name] = value
-        elif value not in (None, given[name]):
+        if name == "layers_block_type" and None in (value, given.get(name)):
+            given[name] = value or given.get(name)
+        elif given.setdefault(name, value) != value:
             raise ValueError(f"{alias}={value!r} contradicts {name}={given[name]!r}")
     for prefix in ("", "mtp_"):
         words, pattern = given.pop(prefix + "layers_block_type", None), prefix + PATTERN

@@ -28,16 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import command
+from command import DEVICES
+
 import torch
 
 import chat
 import checkpoint
-import command
 import data
+import disk
 import hf
 import mtp
 import sample
-from command import ENDLESS, knob
+from bounds import ENDLESS, knob
 from post import rollout, tasks
 from post.pack import Docs, lay, pack
 from speculate import Tally, rounds
@@ -85,27 +88,32 @@ def heal(model, ids, steps, lr=1e-3, batch=16, seed=0, number=None, mask=None):
     Of rows that hold several documents, number (n, t) says which (post/pack.py), and mask (n, t)
     which tokens are the model's own words.
     """
+    length = ids.shape[1] - (number is not None)
+    if length <= model.mtp.depths:
+        raise ValueError(f"texts of {length} tokens leave nothing to learn {model.mtp.depths} deep")
     model.eval().requires_grad_(False)
     model.mtp.requires_grad_(True)
     opt = torch.optim.AdamW(model.mtp.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
-    g = torch.Generator().manual_seed(seed)
+    g, device = torch.Generator().manual_seed(seed), model.lm_head.weight.device
     for step in range(steps):
         opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, (steps - step) / (0.5 * steps))
         some = torch.randint(len(ids), (batch,), generator=g)
-        x, docs, w = ids[some], None, torch.ones_like(ids[some], dtype=torch.float32)
+        x, docs = data.send(ids[some], device), None
+        own = torch.ones_like(x, dtype=torch.float32)
         if number is not None:
-            docs = Docs(number[some])
-            x, w = x[:, :-1], docs.end(mask[some][:, 1:])  # w_t: whether what p_t predicts counts
+            docs, told = Docs(number[some], device), data.send(mask[some][:, 1:], device)
+            x, own = x[:, :-1], docs.end(told)  # own_t: of what p_t predicts
         with torch.no_grad():  # no gradient reaches the backbone
             h = model.hidden(x, docs=docs)
             p = model.lm_head(h).softmax(-1)
         each, least = [], []
         for k in range(1, model.mtp.depths + 1):
-            x, p, w = (mtp.roll(v, docs) for v in (x, p, w))  # place t has read x_{t+k}, as p's t+k
+            # now place t has read x_{t+k}, as has p's place t + k
+            x, p, own = (mtp.roll(v, docs) for v in (x, p, own))
             h = model.mtp(h, model.backbone.embeddings(x), k, docs=docs)
             loss = -(p * model.lm_head(h).log_softmax(-1)).sum(-1)
-            each.append((loss * w).sum() / w.sum())
-            least.append((torch.special.entr(p).sum(-1) * w).sum() / w.sum())
+            each.append((loss * own).sum() / own.sum())
+            least.append((torch.special.entr(p).sum(-1) * own).sum() / own.sum())
         opt.zero_grad()
         sum(each).backward()
         torch.nn.utils.clip_grad_norm_(model.mtp.parameters(), 1.0)
@@ -135,6 +143,7 @@ class Flags:
         1e-3, "learning rate, falling to zero over the second half", above=0, most=1e30
     )
     seed: int = knob(0, "of the prompts and of the text", least=0, most=2**32 - 1)
+    device: str = knob("auto", "where; auto: cuda if it is there, else cpu", choices=DEVICES)
 
 
 def work(a):
@@ -143,14 +152,14 @@ def work(a):
         raise ValueError(f"{a.release} is there already: --release names a new folder")
     if Path(a.out).exists():
         raise ValueError(f"{a.out} is there already: --out names a new folder")
-    with checkpoint.lock(a.out):
+    with disk.lock(a.out):
         mend(a)
 
 
 def mend(a):
     """Acceptance before, the block's training, acceptance after, one checkpoint."""
     saved = checkpoint.read(a.run)
-    model, enc, step = sample.load_run(a.run)
+    model, enc, step = sample.load_run(a.run, command.device(a.device, mps=False))
     if model.mtp is None:
         raise ValueError(f"{a.run} has no MTP block to heal")
     questions = a.tasks or saved["run"].get("tasks", "")
@@ -173,7 +182,7 @@ def mend(a):
 
 def writing(a, saved, model, enc, _):
     """Of a run on text -> how to show acceptance, and the texts to learn from."""
-    corpus = data.corpus(saved["run"]["data"])
+    corpus = data.corpus(saved.setting("data"))
     data.same_text(corpus, saved)
     train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
 
@@ -195,8 +204,11 @@ def writing(a, saved, model, enc, _):
 
 def talking(a, saved, model, enc, questions):
     """Of a run of sft.py or grpo.py: the replies it gives, which alone are learned from."""
+    if chat.END not in enc.special_tokens_set:
+        raise ValueError(f"{a.run} knows no {chat.END}: only what sft.py made answers questions")
     mixture, end = tasks.mixture(questions), enc.encode_single_token(chat.END)
-    room, draw = saved["run"].get("room", 40), torch.Generator().manual_seed(a.seed)
+    room, device = saved["run"].get("room", 40), model.lm_head.weight.device
+    draw = torch.Generator(device).manual_seed(a.seed)
 
     def show(when):
         got = rollout.drafted(model, enc, mixture, seed=a.seed, room=room)

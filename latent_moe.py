@@ -23,6 +23,7 @@ groups first, and its experts only in them (`choose`). The released models have 
 
 Letters   b batch  t time  d model width  m = b*t tokens  E experts  k experts a token
           l latent width  f an expert's hidden width
+          u (m, d) what the layer reads, normalised by its block; y (m, d) what it adds
           MaxVio: how far the busiest expert's load is above the mean, in means; 0 is balanced
 Super     E=512 k=22 d=4096 l=1024 f=2688, shared hidden 5376, scale 5
           40 such layers: 95 % of all parameters
@@ -47,8 +48,16 @@ def grouped_mm(x, w, count):
     x (m, in), sorted by expert   w (E, out, in)   count (E,) rows of each   -> (m, out)
     """
     w = w.to(x.dtype)
+    if count.shape != w.shape[:1]:
+        raise ValueError(f"count {tuple(count.shape)} of {len(w)} experts")
+    if x.device.type == "cpu":  # a GPU would have to be waited for
+        torch._assert_async(count.sum() == len(x), f"count does not add up to {len(x)} rows")
     if torch_can(x, w):  # one call instead of E
         return F.grouped_mm(x, w.mT, offs=count.cumsum(0).int())
+    if x.is_cuda and len(x) <= len(w):  # few rows, each beside a copy of its matrix: nobody waits
+        mine = torch.arange(len(w), device=x.device)
+        mine = mine.repeat_interleave(count, output_size=len(x))
+        return (w[mine] @ x[..., None]).squeeze(-1)
     return torch.cat([F.linear(rows, we) for rows, we in zip(x.split(count.tolist()), w)])
 
 
@@ -106,6 +115,9 @@ def choose(score, k, groups=1, kept=1):
     Source: transformers' DeepSeek-V3 router. The paper (2412.19437 section 2.1.2) and Megatron sum
     the k / kept best instead: the same at two experts a kept group.
     """
+    most = kept * (score.shape[-1] // groups)
+    if not 1 <= k <= most:
+        raise ValueError(f"k={k} of {most} experts")
     if groups > 1:
         parts = score.unflatten(-1, (groups, -1))  # (..., g, E/g)
         best = parts.topk(2).values.sum(-1).topk(kept).indices  # (..., kept)
@@ -125,21 +137,22 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.randn(experts, hidden, width) * width**-0.5)
         self.down_proj = nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5)
         self.mm = grouped_mm  # seam: quant/lowbit.py
-        self.exchange = None  # seam: scale/parallel.py
+        self.exchange = None  # seam: scale/parallel.py, `meet` on the ranks that have the experts
         self.fast = False
 
     def forward(self, c, pick, gate):
-        fast = self.fast
+        if pick.shape != gate.shape or len(pick) != len(c):
+            raise ValueError(
+                f"{len(c)} tokens, pick {tuple(pick.shape)}, gate {tuple(gate.shape)}: "
+                "a row a token, (m, k) both"
+            )
+        if self.fast and not getattr(self.mm, "fast", self.mm is grouped_mm):
+            raise ValueError("experts with fast=True have no place for an mm without a kernel")
+        fast = self.fast and self.mm is grouped_mm and not self.exchange
         if fast:
-            if self.exchange or not getattr(self.mm, "fast", self.mm is grouped_mm):
-                raise ValueError(
-                    "experts with fast=True have no place for an exchange between ranks, "
-                    "or for an mm without a kernel"
-                )
-            if self.mm is grouped_mm:  # four bits: mm has its own
-                from kernels.experts import experts
+            from kernels.experts import experts
 
-                return experts(c, pick, gate, self.up_proj, self.down_proj)
+            return experts(c, pick, gate, self.up_proj, self.down_proj)
         if torch.is_autocast_enabled(c.device.type):  # as a Linear does of itself
             c = c.to(torch.get_autocast_dtype(c.device.type))
         plain = self.mm is grouped_mm and not self.exchange and not torch.is_grad_enabled()
@@ -147,19 +160,27 @@ class Experts(nn.Module):
             return self.meet_all(c, pick, gate)
         (m, k), E = pick.shape, len(self.up_proj)
         order = pick.flatten().argsort(stable=True)  # (m*k,)   slots, by expert
-        rows = c.index_select(0, order // k)  # (m*k, l)   each slot's token
         count = tokens_each(pick, E)  # (E,)
-        back = None
-        if self.exchange:
-            rows, count, back = self.exchange(rows, count)
-        hid = relu2(self.mm(rows, self.up_proj, count))  # (m*k, f)
-        out = self.mm(hid, self.down_proj, count)  # (m*k, l)
-        if back:
-            out = back(out)
+        w = self.up_proj, self.down_proj
+        meet = self.exchange or (lambda c, token, n: self.meet(c.index_select(0, token), n, *w))
+        out = meet(c, order // k, count)  # (m*k, l)   each slot's token
         at = torch.arange(m * k, device=c.device)
         slot = torch.empty_like(order).scatter_(0, order, at)  # order, inverted
         out = out.index_select(0, slot).view(m, k, -1)  # (m, k, l)   by token again
-        return (gate.to(c.dtype)[:, None] @ out).squeeze(1)  # (m, l)   the weighted sum
+        weighed = out * gate.to(c.dtype)[..., None]  # no batch of matmuls: on a CPU twice as slow
+        return weighed.sum(1, dtype=c.dtype)  # (m, l)
+
+    def meet(self, rows, count, up, down):
+        """Rows (n, l) by expert, count (E,) of each, through their experts' matrices -> (n, l)."""
+        fast = self.fast and self.mm is grouped_mm and len(rows)
+        if fast:  # a row is a token of one expert
+            from kernels.experts import experts
+
+            expert = torch.arange(len(up), device=rows.device)
+            expert = expert.repeat_interleave(count, output_size=len(rows))[:, None]
+            return experts(rows, expert, torch.ones_like(expert, dtype=torch.float32), up, down)
+        hid = relu2(self.mm(rows, up, count))  # (n, f)
+        return self.mm(hid, down, count)
 
     def want_all(self, pick):
         """Whether the tokens are few, but together want about as many experts as there are. While
@@ -167,11 +188,20 @@ class Experts(nn.Module):
         m, k = pick.shape
         return torch.compiler.is_exporting() or m <= FEW and m * k >= len(self.up_proj)
 
+    def waits(self, m, k):
+        """Whether m tokens of k experts each, without a gradient, go through grouped_mm's loop, for
+        which a GPU is waited for.
+        """
+        E, few = len(self.up_proj), m <= FEW and m * k >= len(self.up_proj)
+        plain = self.mm is grouped_mm and not (self.fast or few)
+        return plain and m * k > E and not torch_can(self.up_proj, self.up_proj)
+
     def meet_all(self, c, pick, gate):
         """The same for few tokens, which together want most experts anyway.
 
         Then the price is reading the weights, and all tokens may as well meet all experts: a gate
-        of 0 switches off those that a token did not choose.
+        of 0 switches off those that a token did not choose. 0 times infinity is NaN: an expert that
+        overflows spoils all of these tokens, not only those that chose it.
         """
         E, up, down = len(self.up_proj), self.up_proj.to(c.dtype), self.down_proj.to(c.dtype)
         switch = gate.new_zeros(len(c), E).scatter(1, pick, gate)  # (m, E)
@@ -186,9 +216,9 @@ class LatentMoE(nn.Module):
     latent=None: the experts work at full width. bias: of every matrix but the router's and the
     routed experts'. ValueError for sizes that leave a token without its top_k experts.
 
-    latent=None: the experts work at full width. While training it keeps two notes for the optimiser
-    step: `load` (E,), tokens each expert got since the last update_bias, and `balance`, the
-    sequence balance loss summed over sequences (None in evaluation).
+    While training it keeps two notes for the optimiser step: `load` (E,), tokens each expert got
+    since the last update_bias, and `balance`, the sequence balance loss summed over sequences
+    (None in evaluation).
     """
 
     def __init__(
@@ -208,6 +238,8 @@ class LatentMoE(nn.Module):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"top-{top_k} of {experts} experts: choose between 1 and {experts}")
+        if latent is not None and latent < 1:
+            raise ValueError(f"latent={latent}: at least 1, or None for experts at full width")
         each = experts // groups if groups > 0 else 0
         equal = each * groups == experts and 1 <= kept <= groups and (groups == 1 or each > 1)
         if not equal or top_k > kept * each:
@@ -294,6 +326,8 @@ def update_bias(model, rate=1e-3):
     the mean (0 is perfect, E/k - 1 the worst), and how many experts got nothing. Then it forgets
     the load. The rows stay on the device: who wants the numbers waits for them, not every step.
     """
+    if not 0 <= rate < float("inf"):
+        raise ValueError(f"rate={rate}: from 0 on, and finite")
     rows = [torch.zeros(0, 2)]
     for moe in layers(model):
         load, total, bias = moe.load, moe.load.sum(), moe.gate.e_score_correction_bias
@@ -306,13 +340,9 @@ def update_bias(model, rate=1e-3):
 
 def layer_cost(E, k, l, d=4096, f=2688):
     """Parameters, multiply-adds a token, numbers sent a token; the shared expert is left out."""
-    projections = 2 * d * l if l < d else 0
-    router = E * d
-    return (
-        E * 2 * l * f + projections + router,
-        k * 2 * l * f + projections + router,
-        k * l,
-    )
+    expert = 2 * l * f
+    always = E * d + (2 * d * l if l < d else 0)  # the router; the projections into the latent
+    return E * expert + always, k * expert + always, k * l
 
 
 def main():

@@ -47,7 +47,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
     Returns y (b, t, h, p) and the state (b, h, p, n) after the last token.
     """
     b, t, h, p = x.shape
-    agree(x, dt, A, B, C, D)
+    agree(x, dt, A, B, C, D, state)
     a = (dt * A).exp()[..., None, None]  # (b, t, h, 1, 1)
     u = (x * dt[..., None])[..., None]  # (b, t, h, p, 1)
     B, C = (v[..., None, :].to(u.dtype) for v in per_head(h, B, C))  # (b, t, h, 1, n)
@@ -60,13 +60,17 @@ def ssd_recurrent(x, dt, A, B, C, D=None, state=None):
     return (y if D is None else y + D[:, None].to(x.dtype) * x), S
 
 
-def agree(x, dt, A, B, C, D=None):
+def agree(x, dt, A, B, C, D=None, state=None):
     """ValueError unless the operands of a scan have the shapes that ssd_recurrent lists."""
-    (b, t, h, _), (g, n) = x.shape, B.shape[2:]
+    if x.ndim != 4 or B.ndim != 4 or not x.shape[1] or not x.is_floating_point():
+        raise ValueError(
+            f"x {tuple(x.shape)}, {x.dtype}, and B {tuple(B.shape)}: (b, t, h, p), (b, t, g, n)"
+        )
+    (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     want = dict(dt=(b, t, h), A=(h,), B=(b, t, g, n), C=(b, t, g, n))
-    want |= {} if D is None else dict(D=(h,))
-    for name, v in dict(dt=dt, A=A, B=B, C=C, D=D).items():
-        if name in want and tuple(v.shape) != want[name]:
+    want |= dict(D=(h,), state=(b, h, p, n))
+    for name, v in dict(dt=dt, A=A, B=B, C=C, D=D, state=state).items():
+        if v is not None and tuple(v.shape) != want[name]:
             raise ValueError(
                 f"{name} is {tuple(v.shape)}, and beside x {tuple(x.shape)} {want[name]}"
             )
@@ -86,6 +90,7 @@ def ssd_masked(x, dt, A, B, C, D=None):
     score C_i . B_j, no softmax. With every a = 1 the mask is a lower triangle of ones, and this
     linear attention.
     """
+    agree(x, dt, A, B, C, D)
     B, C = per_head(x.shape[2], B, C)  # (b, t, h, n)
     score = torch.einsum("bihn,bjhn->bhij", C, B)
     mask = decay((dt * A * LOG2E).mT).to(x.dtype)  # (b, h, t, t)
@@ -110,18 +115,22 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, chunk=128, fast=False):
 
     Shapes as in ssd_recurrent. Every step is one batched matmul per head. The ragged end is padded
     with dt = 0: such tokens neither fade nor write. Decays and S are in the precision of dt (fp32
-    or more), the operands of matmuls in that of x.
+    or more), the operands of matmuls in that of x. The mask multiplies, and 0 times NaN is NaN: a
+    number that is not finite also spoils the outputs before it in its chunk, which the recurrence
+    leaves alone.
     """
     if fast:
         from kernels.ssd import ssd
 
         return ssd(x, dt, A, B, C, D, state, chunk)
-    agree(x, dt, A, B, C, D)
+    agree(x, dt, A, B, C, D, state)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: at least one token")
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
     q = min(chunk, t)
 
     def cut(v):  # (b, t, h, ...) -> (b, c, h, q, ...)
-        v = F.pad(v, (0, 0) * (v.ndim - 2) + (0, -t % q))
+        v = F.pad(v, (0, 0) * (v.ndim - 2) + (0, -t % q)) if t % q else v  # pad by 0 is a copy
         return v.unflatten(1, (-1, q)).transpose(2, 3).contiguous()
 
     def weigh(v, w):  # v * w: (b, c, g, q, n) (b, c, h, q) -> (b, c, h, q, n)
@@ -189,11 +198,15 @@ def causal_conv(x, weight, bias, window=None, fast=False):
         from kernels.conv import conv
 
         return conv(x, weight, bias, window)
+    (b, _, w), k = x.shape, weight.shape[-1]
     if window is None:
-        window = x.new_zeros(x.shape[0], weight.shape[-1] - 1, x.shape[2])  # zeros at the start
+        window = x.new_zeros(b, k - 1, w)  # zeros at the start
+    shapes = [None if v is None else tuple(v.shape) for v in (weight, window, bias)]
+    if shapes[:2] != [(w, 1, k), (b, k - 1, w)] or shapes[2] not in (None, (w,)):
+        raise ValueError(f"weight, window and bias are {shapes} beside x {tuple(x.shape)}")
     x = torch.cat([window.to(x.dtype), x], 1)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if x.shape[1] == weight.shape[-1]:  # one new token: one sum over the taps
+    if x.shape[1] == k:  # one new token: one sum over the taps
         y = (x * weight[:, 0].T.contiguous()).sum(1, keepdim=True)
         y = y if bias is None else y + bias
     else:
@@ -219,6 +232,10 @@ class GatedNorm(nn.Module):
             from kernels.norm import gated_norm
 
             return gated_norm(y, z, self.weight, self.groups, self.eps)
+        if y.shape != z.shape or y.shape[2:] != self.weight.shape:
+            raise ValueError(
+                f"y {tuple(y.shape)}, z {tuple(z.shape)}: (b, t, {len(self.weight)}) both"
+            )
         wide = torch.promote_types(y.dtype, torch.float32)
         v = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))  # (b, t, g, e/g)
         v = F.rms_norm(v, v.shape[-1:], eps=self.eps).flatten(2)
@@ -227,6 +244,7 @@ class GatedNorm(nn.Module):
 
 def write(S, x, dt, A, B):
     """The S of ssd_recurrent after t more tokens, by one matmul: every write faded to the end."""
+    agree(x, dt, A, B, B, state=S)
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     s = (dt * (A * LOG2E)).cumsum(1)  # (b, t, h)   log decay since the first token
     left = dt * (s[:, -1:] - s).exp2()  # (b, t, h)   what the end still has of each write
@@ -238,7 +256,7 @@ def write(S, x, dt, A, B):
 def window(seen, k, count):
     """Of rows (b, k-1+t, w) the k-1 inputs that end with each row's own token number count (b,)."""
     at = count[:, None] + torch.arange(k - 1, device=seen.device)
-    return seen.take_along_dim(at[..., None], 1)
+    return seen.gather(1, at[..., None].expand(-1, -1, seen.shape[2]))
 
 
 class Read(NamedTuple):
@@ -283,6 +301,8 @@ class State:
     def keep(self, count):
         """Of the tokens read on trial, writes the first count (b,), as if the rest were padding."""
         seen, x, dt, A, B = self.held
+        if count.shape != x.shape[:1]:
+            raise ValueError(f"count {tuple(count.shape)} of {len(x)} rows")
         t, k = x.shape[1], seen.shape[1] - x.shape[1] + 1
         before = None if self.S is None else self.S.to(dt.dtype)
         self.remember(write(before, x, dt * real(count, t), A, B))
@@ -341,6 +361,8 @@ class Mamba2(nn.Module):
             raise ValueError(
                 "a cached call with fast=True has no gradient: put it under torch.no_grad()"
             )
+        if count is not None and count.shape != u.shape[:1]:
+            raise ValueError(f"count {tuple(count.shape)} of {len(u)} rows")
         e, w, h = self.split
         z, xBC, raw = self.in_proj(u).split(self.split, -1)
         taps = self.conv1d.weight, self.conv1d.bias

@@ -23,7 +23,7 @@ Seams: what a wing replaces in a finished model, so that no mixer knows of it.
     Experts.mm                                    quant/lowbit.py     products of fewer bits
     fast, of every module that has it             set_paths, below    kernels/
 
-Letters   b batch  t time  d model width  v vocabulary
+Letters   b batch  t time  d model width  v vocabulary  c a Config
 Sources   arXiv:2604.12374 section 2.1 and table 1
           names: the released config.json and checkpoint
 Departs   residual stream and parameters are fp32 (matrix products in bf16 under autocast), the
@@ -36,12 +36,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import command
+
 import torch
 from torch import nn
 
-import command
 from attention import KV, Attention
-from command import knob
+from bounds import LONGEST, knob
 from config import LETTERS, PRESETS, Config
 from latent_moe import MLP, LatentMoE
 from mamba import Mamba2, State
@@ -108,6 +109,8 @@ class Cache:
 
     def __init__(self, pattern, batch, store=None):
         kinds = {"M": lambda i: State(store and store(i)), "*": lambda i: KV()}
+        if batch < 0:
+            raise ValueError(f"a cache of {batch} rows")
         self.batch = batch
         self.layers = [kinds.get(x, lambda i: None)(i) for i, x in enumerate(pattern)]
         self.last = {}  # of an MTP cache with several blocks, see mtp.follow
@@ -146,12 +149,16 @@ class Cache:
 
         The cache is then, tensor by tensor, as if it had never seen the others.
         """
-        same = bool((count == count[0]).all())
+        kept = None  # looked at once, and not where tensors say where rows write
         for layer in self.layers:
             if isinstance(layer, State):
                 layer.keep(count)
             elif layer is not None:
-                layer.drop(t - int(count[0]) if same else t - count)
+                if kept is None and not layer.fixed:
+                    kept = count.tolist()
+                    if not 0 <= min(kept) <= max(kept) <= t:
+                        raise ValueError(f"{kept} of {t} tokens cannot be kept")
+                layer.drop(t - kept[0] if kept and len(set(kept)) == 1 else t - count)
 
 
 class Nemotron(nn.Module):
@@ -161,6 +168,7 @@ class Nemotron(nn.Module):
         super().__init__()
         self.config = c = config
         self.fast = False  # whether train.losses may take kernels/loss.py
+        self.noise = None  # seam: quant/lowbit.py's, whence it rounds at random
         self.store = None  # seam: quant/statecache.py's, how a layer keeps its Mamba state
         self.backbone = nn.Module()
         self.backbone.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -192,6 +200,9 @@ class Nemotron(nn.Module):
             raise ValueError("several documents a row (docs) have no cache: read them without one")
         if cache is not None and len(ids) != cache.batch:
             raise ValueError(f"{len(ids)} rows of tokens for a cache of {cache.batch} rows")
+        known = count is None or count.shape == ids.shape[:1] and not count.is_floating_point()
+        if not known or count is not None and (count.min() < 0 or count.max() > ids.shape[1]):
+            raise ValueError(f"count {count.tolist()} of rows of {ids.shape[1]} tokens")
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.hidden(ids, cache, count)
@@ -262,7 +273,7 @@ def reason(op, fast, four_bits):
     if not fast:
         return "readable; --fast takes the kernel"
     if four_bits and op.name == "experts":
-        return "as asked: --fast; four bits: kernels/fp4.py"
+        return "as asked: --fast; four bits: kernels/fp4mm.py"
     return "as asked: --fast"
 
 
@@ -377,7 +388,7 @@ def cache_bytes(c):
 class Flags:
     preset: str = knob("super", ", ".join(PRESETS), choices=PRESETS)
     hf: str | None = knob(
-        None, "a folder with any member's config.json, instead", least=1, most=command.LONGEST
+        None, "a folder with any member's config.json, instead", least=1, most=LONGEST
     )
     context: int = knob(8192, "tokens of context, for FLOPs and cache", least=1, most=1 << 40)
 

@@ -23,22 +23,25 @@ Departs   sizes and learning rate are a small model's, and the rate falls; the r
 """
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import command
+
+import bounds
 import chat
 import checkpoint
-import command
 import data
+import disk
 import hf
 import mtp
 import sample
 import train
-from command import ENDLESS, knob
+from bounds import ENDLESS, knob
 from config import PRESETS, Config
-from post import pack, picture, rollout, tasks
+from corpora.philox import philox
+from post import pack, picture, rollout, talks, tasks
 from training import settings
 
 
@@ -90,31 +93,12 @@ def weigh(learned, stage):
     return [share * bool(v) for v in learned]
 
 
-def conversations(path):
-    """A .jsonl -> (messages, tools) for every question in it. ValueError names the line."""
-    out = []
-    for i, line in enumerate(command.text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            talk = json.loads(line)
-            if not isinstance(talk, dict):
-                raise ValueError("it is no {...}")
-            messages, tools = talk.get("messages"), talk.get("tools")
-            chat.check(messages, tools)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}, line {i}: {e}") from None
-        out += [(d, tools) for d in chat.documents(messages) if d[-1]["role"] == "assistant"]
-    if not out:
-        raise ValueError(f"{path} holds no conversation")
-    return out
-
-
 def beginning(run, enc_for):
     """Config, weights and tokenizer to begin with. enc_for: the tokenizer of a new model."""
     if run.base:
         saved = checkpoint.read(run.base)
-        config, weights = Config(**saved["config"]), saved["model"]
+        config = bounds.build(Config, saved["config"], f"{saved.path}, config")
+        weights = saved["model"]
         enc = chat.with_special(data.unpack(saved["tokenizer"]))
     elif run.hf:
         enc, model = data.tokenizer(run.hf), hf.load(run.hf)
@@ -146,13 +130,14 @@ class Talks:
         self.run, self.talks, self.mixture = run, None, tasks.mixture(run.tasks)
         digest = hashlib.sha256(run.data.encode())
         if run.data != "tasks":
-            self.talks = conversations(run.data)
+            self.talks = talks.read(run.data)
             digest = hashlib.sha256(Path(run.data).read_bytes())
         self.sha = digest.hexdigest()
         if saved and saved["corpus_sha256"] != self.sha:
             raise ValueError(f"{run.data} is not what this run was trained on")
         if saved:
-            config, self.enc = Config(**saved["config"]), data.unpack(saved["tokenizer"])
+            config = bounds.build(Config, saved["config"], f"{saved.path}, config")
+            self.enc = data.unpack(saved["tokenizer"])
         else:
             config, self.weights, self.enc = beginning(run, self.learn)
         self.depths = config.depths
@@ -162,6 +147,8 @@ class Talks:
             if not all(any(learned) for _, learned in self.talks):
                 raise ValueError(f"{run.data}: a conversation leaves nothing to learn")
         else:
+            some = [tasks.demonstration(self.enc, *a) for a in tasks.problems(self.mixture, 500, 7)]
+            pack.pack([ids for ids, _ in some], run.length)  # none of these is too long
             self.cells = rollout.cells(self.mixture)
             kinds = ("right", "tokens", "formed")
             self.columns = tuple(f"{t}-{m}-{k}" for t, m in self.cells for k in kinds)
@@ -188,7 +175,7 @@ class Talks:
         """This step's, a pure function of the seed: (ids, learned) each."""
         run = self.run
         if self.talks:
-            some = data.philox(run.seed, step, run.batch) % len(self.talks)
+            some = philox(run.seed, step, run.batch) % len(self.talks)
             return [self.talks[i] for i in some.tolist()]
         asked = tasks.problems(self.mixture, run.batch, run.seed * 10**7 + step)
         return [tasks.demonstration(self.enc, *a) for a in asked]
@@ -204,8 +191,11 @@ class Talks:
         docs, targets = pack.Docs(number), weights[:, 1:]
         counts = mtp.counts(docs.end(targets), self.depths, docs)
         mine = (x.chunk(world.shares)[world.place] for x in (number, ids, targets))
-        split = (x.to(world.device).split(run.micro or len(rows)) for x in mine)
-        pieces = [world.rows(i, self.depths, w, pack.Docs(n)) for n, i, w in zip(*split)]
+        there = lambda x: data.send(x, world.device)
+        pieces = [
+            world.rows(there(i), self.depths, there(w), pack.Docs(n, world.device))
+            for n, i, w in zip(*(x.split(run.micro or len(rows)) for x in mine))
+        ]
         return data.Batch(pieces, counts, real, tokens)
 
     def evaluate(self, model, world, say):
@@ -215,11 +205,7 @@ class Talks:
             model, self.enc, self.mixture, self.run.questions, room=self.run.room
         )
         say("           " + rollout.table(rows))
-        return {
-            f"{r['task']}-{r['mode']}-{k}": r[k]
-            for r in rows
-            for k in ("right", "tokens", "formed")
-        }
+        return rollout.columns(rows)
 
     def carries(self):
         return dict(tokenizer=data.pack(self.enc), corpus_sha256=self.sha)
@@ -236,18 +222,13 @@ class Talks:
         if not self.talks:
             run = self.run
             rows = rollout.report(model, self.enc, self.mixture, run.questions, run.room, say)
-            world.write(run.folder() / "answers.csv", checkpoint.table(rows))
+            world.write(run.folder() / "answers.csv", disk.table(rows))
             picture.sft(run.folder())
 
 
 def start(run):
     sample.quicken()
-    try:
-        train.launch(check(run), command.say, partial(train.fit, work=Talks()))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; what was saved is whole: --resume goes on from the last checkpoint"
-        ) from None
+    train.launch(check(run), command.say, partial(train.fit, work=Talks()))
 
 
 def main(argv=None):

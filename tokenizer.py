@@ -18,12 +18,12 @@ A loss per token means little across tokenizers; token_bytes turns it into bits 
 compares.
 
 Letters   v vocabulary
-Not here  the inner loops: rustbpe learns, tiktoken spells (`halves` is the rule in slow motion);
+Not here  other people's files: corpora/foreign.py
+          the inner loops: rustbpe learns, tiktoken spells (`halves` is the rule in slow motion);
           special tokens in a text: spelled out, they are plain text (added tokens that are not
           special are one id; what the post-processor begins a text with stands before a prompt,
           not in a corpus)
-Sources   arXiv:1508.07909 (learning); tiktoken (the rule); GPT-2's encoder.py (tokenizer.json's
-          alphabet)
+Sources   arXiv:1508.07909 (learning); tiktoken (the rule)
 Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 control tokens. All
           counts agree with the release; only the release's own tokenizer.json names those 1,000 and
           could prove it.
@@ -31,29 +31,41 @@ Departs   `nemotron` from a tekken.json is Mistral-Nemo's table behind 1,000 con
 """
 
 import base64
+import contextlib
 import importlib.util
 import math
+import os
 import re
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import command
+
 import numpy as np
 import tiktoken
 import torch
 
-import command
+import bounds
+from corpora import foreign
+from corpora.foreign import GPT2_WORDS, MOST, need  # noqa: F401 (callers say tokenizer.GPT2_WORDS)
 
 END = "<|endoftext|>"
-MOST = 1 << 24  # ids
 BLANKS = 1 << 16  # in a row
 # A word with the sign or blank before it; a digit; signs with the white space after them, so that
 # ":\n    "
 # can be one token; a line break with its indentation; other blanks, the last one left to the next
 # word.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+\s*|\s*\n\s*|\s+(?!\S)|\s+"
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+MALFORMED = (LookupError, TypeError, AttributeError, OverflowError)  # a field's, in a JSON file
+
+
+def malformed(e):
+    why = f"{type(e).__name__}: {str(e)[:100]}"
+    return f"malformed: a field is missing or of another kind ({why})"
 
 
 class Panics:
@@ -72,6 +84,21 @@ class Panics:
             raise ValueError(
                 f"{self.what}: its regular expression fails ({str(e)[:120]})"
             ) from None
+
+
+@contextlib.contextmanager
+def hushed():
+    """While it lasts, what the Rust half prints of a panic by itself goes nowhere: its error says
+    the same in a sentence.
+    """
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Table(tiktoken.Encoding):
@@ -102,7 +129,7 @@ def table(name, pattern, ranks, special, begin=(), whole=()):
     need(set(whole) <= set(special), "an added token has no id")
     enc = Table(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     probe = "".join(map(chr, range(0x3000)))
-    with Panics(f"tokenizer {name!r}"):
+    with Panics(f"tokenizer {name!r}"), hushed():
         kept = enc.decode(spell(enc, probe)) == probe
     need(kept, f"its regular expression leaves characters out: {pattern}")
     enc.begin, enc.whole = tuple(begin), tuple(whole)
@@ -139,11 +166,8 @@ def from_file(path):
         return kinds[kind](d)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    except (LookupError, TypeError, AttributeError, OverflowError) as e:
-        why = f"{type(e).__name__}: {str(e)[:100]}"
-        raise ValueError(
-            f"{path} is malformed: a field is missing or of another kind ({why})"
-        ) from e
+    except MALFORMED as e:
+        raise ValueError(f"{path} is {malformed(e)}") from e
 
 
 def train_bpe(spec, text):
@@ -165,9 +189,8 @@ def train_bpe(spec, text):
     ranks = {bytes(token): i for token, i in bpe.get_mergeable_ranks()}
     if len(ranks) < size - 1:
         raise ValueError(
-            f"{spec} asks for {size - 257:,} pairs to join, but the {len(text):,} characters "
-            f"it learns from have {len(ranks) - 256:,}: "
-            f"try --tokenizer bpe:{len(ranks) + 1} or bytes"
+            f"{spec} asks for {size - 257:,} pairs to join, but the {len(text):,} characters it "
+            f"learns from have {len(ranks) - 256:,}: try --tokenizer bpe:{len(ranks) + 1} or bytes"
         )
     return table(spec, WORDS, ranks, {END: size - 1})
 
@@ -186,100 +209,24 @@ def nemotron_file():
 
 
 def from_tekken(d):
-    """Control tokens have the first ids; the table counts from 0 behind them, and not all of it is
-    used.
-    """
-    first, size = d["config"]["default_num_special_tokens"], d["config"]["default_vocab_size"]
-    if not 0 <= first <= size <= MOST:
-        raise ValueError(f"{first} special tokens of {size} in all make no sense")
-    names = {t["rank"]: t["token_str"] for t in d.get("special_tokens") or []}
-    ranks = {
-        base64.b64decode(t["token_bytes"]): first + t["rank"] for t in d["vocab"][: size - first]
-    }
-    special = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
-    return table("tekken", d["config"]["pattern"], ranks, special)
-
-
-def need(ok, why):
-    """What a regex and a table cannot say is refused by name."""
-    if not ok:
-        raise ValueError(f"tokenizer.json does not fit a tiktoken table: {why}")
+    return table(*foreign.tekken(d))
 
 
 def from_hugging_face(d):
-    """tokenizer.json -> the same ids, or a refusal that names what a regex and a table cannot say.
+    """tokenizer.json -> the same ids, or a refusal that says why not.
 
     The file lists which pairs may join and in which order; our rule knows only ids. They agree on
     every word if the list is in the order of the ids it makes, and has the last join of each entry:
     two neighbours that could make an entry grew from their bytes just as they do when that entry is
     the whole word.
     """
-    model, added = d["model"], d.get("added_tokens") or []
-    kind = model.get("type") or ("BPE" if "merges" in model else "unnamed")
-    need(kind == "BPE", f"its model is {kind}, not BPE")
-    for field in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        need(not model.get(field), f"{field} is {model.get(field)!r}")
-    need(not d.get("normalizer"), f"its normalizer changes the text first: {d.get('normalizer')}")
-    regex = one_regex(d.get("pre_tokenizer") or {})
-    whole = spelled_whole(added)
-    special = {t["content"]: t["id"] for t in added}
-    byte = byte_level()
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    for token in vocab:
-        need(byte.keys() >= set(token), f"token {token!r} is not in ByteLevel's alphabet")
-    ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items()}
-    need(all(bytes([b]) in ranks for b in range(256)), "some single bytes have no id")
-    check_merges(model["merges"], byte, ranks)
-    begin = beginning(d.get("post_processor"))
-    return table("tokenizer.json", regex, ranks, special, begin, whole)
+    read, merges = foreign.hugging_face(d)
+    check_merges(merges, read.ranks)
+    return table(*read)
 
 
-def one_regex(pre):
-    """The expression that cuts words. Several in a row are not one: each cuts the one's before."""
-    *cuts, last = pre.get("pretokenizers") or [pre]
-    need(
-        last.get("type") == "ByteLevel" and not last.get("add_prefix_space"),
-        "its pre-tokenizer does not end in ByteLevel without add_prefix_space",
-    )
-    for c in cuts:
-        need(
-            c["type"] == "Split"
-            and "Regex" in c["pattern"]
-            and (c["behavior"], c.get("invert", False)) in (("Isolated", False), ("Removed", True)),
-            f"its pre-tokenizer {c['type']} is no Split that keeps what a Regex finds",
-        )
-    regex = [c["pattern"]["Regex"] for c in cuts] + [GPT2_WORDS] * last.get("use_regex", True)
-    need(len(regex) == 1, f"its pre-tokenizer splits {len(regex)} times, not once")
-    return regex[0]
-
-
-def byte_level():
-    """ByteLevel's character for each byte -> the byte: itself, or the next free one from U+0100."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in seen]
-    return dict(zip(map(chr, [*seen, *range(256, 512)]), seen + rest))
-
-
-def spelled_whole(added):
-    """The added tokens that plain text may hold, cut out of it before any word is."""
-    plain = [t for t in added if not t.get("special")]
-    for t in plain:
-        for field in ("single_word", "lstrip", "rstrip"):
-            need(
-                not t.get(field),
-                f"added token {t['content']!r} has {field}, which depends on what is around it",
-            )
-    need(
-        len({t.get("normalized", True) for t in plain}) < 2,
-        "some added tokens are normalized and others are not: they are found one kind at a time",
-    )
-    return [t["content"] for t in plain]
-
-
-def check_merges(listed, byte, ranks):
+def check_merges(merges, ranks):
     """Whether the ids alone give the listed merges back."""
-    merges = [m.split(" ") if isinstance(m, str) else m for m in listed]
-    merges = [tuple(bytes(byte[c] for c in half) for half in m) for m in merges]
     made = [ranks.get(b"".join(m), -1) for m in merges]
     for i, (before, here) in enumerate(zip([0] + made, made)):
         need(
@@ -292,26 +239,6 @@ def check_merges(listed, byte, ranks):
             len(token) == 1 or halves(token, ranks) in merges,
             f"its merges do not make id {i}, {token!r}",
         )
-
-
-def beginning(post):
-    """The ids that a post-processor puts before a text. One that does more than that is refused."""
-    kind, found = post and post.get("type"), []
-    if kind == "Sequence":
-        parts = [beginning(p) for p in post["processors"]]
-        need(sum(map(bool, parts)) < 2, "several post-processors add tokens")
-        return next(filter(None, parts), [])
-    if kind in (None, "ByteLevel"):
-        return []
-    need(kind == "TemplateProcessing", f"its post-processor is {kind}")
-    single = post["single"]
-    need(
-        bool(single) and "Sequence" in single[-1] and "Sequence" not in str(single[:-1]),
-        "its post-processor adds tokens behind the text",
-    )
-    for part in single[:-1]:
-        found += post["special_tokens"][part["SpecialToken"]["id"]]["ids"]
-    return found
 
 
 def halves(token, ranks):
@@ -344,9 +271,12 @@ def pack(enc):
 
 def unpack(d):
     """The Table that was packed; packs of before have neither `begin` nor `whole`."""
-    ranks = {base64.b64decode(token): i for token, i in d["ranks"].items()}
-    more = d.get("begin", ()), d.get("whole", ())
-    return table(str(d["name"]), d["pattern"], ranks, d["special"], *more)
+    try:
+        ranks = {base64.b64decode(token): i for token, i in d["ranks"].items()}
+        more = d.get("begin", ()), d.get("whole", ())
+        return table(str(d["name"]), d["pattern"], ranks, d["special"], *more)
+    except MALFORMED as e:
+        raise ValueError(f"a packed tokenizer is {malformed(e)}") from e
 
 
 def vocab_size(enc):
@@ -362,6 +292,16 @@ def token_bytes(enc):
     for text in getattr(enc, "whole", ()):
         size[enc.encode_single_token(text)] = len(text.encode())
     return size
+
+
+def raw(enc, token):
+    """The bytes of one id; one the model has and the tokenizer has not becomes the replacement
+    character.
+    """
+    try:
+        return enc.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
 
 
 def pieces(text, size=1 << 18):
@@ -380,8 +320,22 @@ def pieces(text, size=1 << 18):
         start = end
 
 
+def characters(text):
+    """text; where Python could read an argument's bytes in its console's encoding only as
+    surrogates, in UTF-8. ValueError for what is neither: tiktoken would put U+FFFD there.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return text.encode(errors="surrogateescape").decode()
+    raise ValueError(f"{bounds.brief(text)} is not UTF-8")
+
+
 def spell(enc, text):
     """The ids of a text alone, without what the tokenizer begins a text with."""
+    text = characters(text)
     whole, ids = getattr(enc, "whole", ()), []
     longest = sorted(whole, key=len, reverse=True)
     parts = re.split("(" + "|".join(map(re.escape, longest)) + ")", text) if whole else [text]

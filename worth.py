@@ -25,16 +25,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
+
 import torch
 
 import checkpoint
-import command
 import data
+import disk
 import heal
 import mtp
 import sample
 from attention import Attention
-from command import knob
+from bounds import ENDLESS, knob
 from latent_moe import MLP, LatentMoE
 from mamba import Mamba2
 
@@ -142,7 +144,7 @@ def table(rows):
 class Flags:
     run: str = knob("runs/toy", "a run folder, or one checkpoint file in it")
     eval_tokens: int = knob(
-        MOST, "size of the validation slice, always the same tokens", least=1, most=command.ENDLESS
+        MOST, "size of the validation slice, always the same tokens", least=1, most=ENDLESS
     )
     threads: int = knob(0, "CPU threads; 0: torch's choice", least=0, most=4096)
 
@@ -152,13 +154,11 @@ def work(flags):
     if flags.threads:
         torch.set_num_threads(flags.threads)
     saved = checkpoint.read(flags.run)
+    if "questions" in saved["run"]:
+        raise ValueError(f"{flags.run} learned to answer questions: no text is held out for it")
     model, enc, step = sample.load_run(flags.run)
-    corpus, length = data.corpus(saved["run"]["data"]), saved["run"]["length"]
-    if corpus.sha256 != saved["corpus_sha256"]:
-        raise ValueError(
-            f"this is not the text the run was trained on: sha256 {corpus.sha256[:12]}, "
-            f"not {saved['corpus_sha256'][:12]}"
-        )
+    corpus, length = data.corpus(saved.setting("data")), saved.setting("length")
+    data.same_text(corpus, saved)
     val = data.encode(enc, corpus.val)
     rows = data.windows(val, flags.eval_tokens, length, corpus.unit)
     found = measure(model, rows, data.targets(corpus, length), val)
@@ -168,7 +168,7 @@ def work(flags):
 
 
 def write(folder, rows):
-    checkpoint.write(Path(folder) / "worth.csv", lambda f: f.write(checkpoint.table(rows).encode()))
+    disk.write(Path(folder) / "worth.csv", lambda f: f.write(disk.table(rows).encode()))
 
 
 def main(argv=None):

@@ -12,9 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from config import LETTERS, Config
@@ -107,14 +105,13 @@ def draw_mtp(ax, c):
 
 
 def draw(c, out):
-    with plt.rc_context(STYLE):
-        fig = plt.figure(figsize=(10, 6.6), layout="none")
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(10, 6.6), layout="none")
         ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 100), ylim=(0, 66), aspect="equal")
         ax.set_axis_off()
         for part in (draw_layers, draw_mixers, draw_mtp):
             part(ax, c)
         fig.savefig(out)
-        plt.close(fig)
 
 
 if __name__ == "__main__":

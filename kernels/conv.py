@@ -3,25 +3,27 @@ conv: every channel filters its own last k numbers, then SiLU. mamba.causal_conv
 same numbers.
 
     c_t = bias + sum over i < k of w_i x_{t-k+1+i}       x_{-k+1} ... x_{-1}: the window
-    y_t = silu(c_t)
+    y_t = silu(c_t) = c_t sigmoid(c_t)
 
-Backward: every output saw k inputs, so every input gets from k outputs, itself and the k-1 after
-it:
-    d_t  = dy_t silu'(c_t)
+Backward. An input is read by k outputs, its own and the k-1 after it, so its gradient is the same
+filter run the other way:
+
+    d_t  = dy_t silu'(c_t)               silu'(c) = g (1 + c (1 - g)),  g = sigmoid(c)
     dx_s = sum over j < k of w_{k-1-j} d_{s+j}
     dw_i = sum over t of d_t x_{t-k+1+i}
 
-grid     forward (w / 128, t / 32, b); backward (w / 128, t / 256, b), walking 16 tokens at a time
+letters  b sequences, t (or T) tokens, w (or W) channels, k (or K) taps: the numbers of a filter
+grid     forward (w / 128, t / 32, b): a program has a tile of 32 tokens by 128 channels. Backward
+         (w / 128, t / 256, b): it walks 256 tokens, 16 at a time, so that dw sums in registers
 traffic  forward reads x and writes y: 336 MB at 8192 tokens of Super in bf16, the minimum; the k
-         shifted reads of a
-         tile are the same lines, from cache. Backward reads x and dy, writes dx: 503 MB, the
-         minimum. It computes c_{s+j} again for each of the k shifts: k^2 reads out of L1, cheaper
-         than one more pass over memory.
+         shifted reads of a tile are the same lines, from cache. Backward reads x and dy, writes dx:
+         503 MB, the minimum. It computes c_{s+j} again for each of the k shifts: k^2 reads out of
+         the L1 cache, cheaper than one more pass over memory.
 numbers  fp32 inside, one rounding at the end (in bf16 the readable form rounds c too, and is the
-         less exact one).
-         dw and dbias: partial sums of 256 tokens in fp32, added by torch: no atomics.
-sizes    128 channels are 256 bytes of a row in bf16; 32 rows of them in forward,
-         16 in backward, 4 warps: 32 and 16 numbers a thread and tile.
+         less exact one). dw and dbias: partial sums of 256 tokens in fp32, added by torch: no
+         atomics.
+sizes    128 channels are 256 bytes of a row in bf16; 32 rows of them in forward, 16 in backward, 4
+         warps (of 32 threads): 32 and 16 numbers a thread and tile.
 """
 
 import torch
@@ -29,7 +31,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels import on_gpu, rows
+from kernels import on_gpu, rows, unit
 
 SPAN = 256  # tokens of a program in backward
 
@@ -50,12 +52,12 @@ def _input(X, WINDOW, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.conste
 
 @triton.jit
 def _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """c_t for a column of times."""
     c = tl.load(BIAS + ch, mask=ch < W, other=0.0) + tl.zeros_like(t).to(tl.float32)
     for i in tl.static_range(K):
         w = tl.load(WEIGHT + ch * K + i, mask=ch < W, other=0.0)
-        c += w * _input(
-            X, WINDOW, b, t - K + 1 + i, T, W, SX, ch, K, HAS_WINDOW
-        )  # c_t = bias + sum w_i x_{t-k+1+i}
+        # c_t = bias + sum w_i x_{t-k+1+i}
+        c += w * _input(X, WINDOW, b, t - K + 1 + i, T, W, SX, ch, K, HAS_WINDOW)
     return c
 
 
@@ -73,8 +75,9 @@ def _forward(
     BT: tl.constexpr,
     BW: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    b = tl.program_id(2).to(tl.int64)
+    b, SX = tl.program_id(2).to(tl.int64), SX * UNIT
     ch = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :]
     t = (tl.program_id(1) * BT + tl.arange(0, BT))[:, None]
     c = _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K, HAS_WINDOW)
@@ -88,6 +91,7 @@ def _forward(
 def _late(
     X, WINDOW, WEIGHT, BIAS, DY, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.constexpr
 ):
+    """d_t for a column of times, 0 outside the sequence."""
     c = _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K, HAS_WINDOW)
     dy = tl.load(
         DY + b * T * W + t.to(tl.int64) * W + ch, mask=(t >= 0) & (t < T) & (ch < W), other=0.0
@@ -115,8 +119,9 @@ def _backward(
     SPAN: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    block, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, b, SX = tl.program_id(1), tl.program_id(2).to(tl.int64), SX * UNIT
     ch, tap = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :], tl.arange(0, TAPS)[:, None]
     dw = tl.zeros((TAPS, BW), tl.float32)  # rows: the k taps, then the bias
     for t0 in range(block * SPAN, tl.minimum((block + 1) * SPAN, T + K - 1), BT):
@@ -130,9 +135,8 @@ def _backward(
         dw += tl.where(tap == K, tl.sum(d, 0)[None, :], 0.0)
         for j in range(K - 1):  # not unrolled: k times the registers would spill
             d = _late(X, WINDOW, WEIGHT, BIAS, DY, b, s + j, T, W, SX, ch, K, HAS_WINDOW)
-            dx += (
-                tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d
-            )  # dx_s = sum w_{k-1-j} d_{s+j}
+            # dx_s = sum w_{k-1-j} d_{s+j}
+            dx += tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d
         new, old = (s >= 0) & (s < T) & (ch < W), (s < 0) & (ch < W)
         tl.store(DX + b * T * W + s.to(tl.int64) * W + ch, dx.to(DX.dtype.element_ty), mask=new)
         if HAS_WINDOW:
@@ -148,13 +152,11 @@ def _backward(
 class Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, window):
-        (b, t, w), k, y = (
-            x.shape,
-            weight.shape[1],
-            torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        )
+        b, t, w = x.shape
+        k = weight.shape[1]
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         ctx.save_for_backward(x, weight, bias, window)
-        BT = min(32, triton.next_power_of_2(t))
+        BT, wide = min(32, triton.next_power_of_2(t)), unit(x.stride(1))
         _forward[triton.cdiv(w, 128), triton.cdiv(t, BT), b](
             x,
             window,
@@ -163,11 +165,12 @@ class Conv(torch.autograd.Function):
             y,
             t,
             w,
-            x.stride(1),
+            x.stride(1) // wide,
             k,
             BT,
             128,
             window is not None,
+            wide,
             num_warps=4,
         )
         return y
@@ -176,12 +179,10 @@ class Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, window = ctx.saved_tensors
-        (b, t, w), k = x.shape, weight.shape[1]
+        (b, t, w), k, wide = x.shape, weight.shape[1], unit(x.stride(1))
         blocks = triton.cdiv(t + k - 1, SPAN)  # the last k-1 inputs start k-1 steps late
-        dx, dw = (
-            torch.empty(x.shape, dtype=x.dtype, device=x.device),
-            weight.new_empty(b, blocks, k + 1, w),
-        )
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dw = weight.new_empty(b, blocks, k + 1, w)
         dwindow = None if window is None else torch.empty_like(window)
         _backward[triton.cdiv(w, 128), blocks, b](
             x,
@@ -194,13 +195,14 @@ class Conv(torch.autograd.Function):
             dw,
             t,
             w,
-            x.stride(1),
+            x.stride(1) // wide,
             k,
             16,
             128,
             SPAN,
             triton.next_power_of_2(k + 1),
             window is not None,
+            wide,
             num_warps=4,
         )
         dw = dw.sum((0, 1))

@@ -28,7 +28,8 @@ numbers  products of c's type, sums fp32, one rounding where something is stored
          summed in a fixed order, no atomics: the same bits every time, whatever experts the
          neighbours chose.
 sizes    BM 128 where an expert has 64 rows or more on average, 16 below, where weights are all that
-         matters; BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill.
+         matters; BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill. 4 stages, 3
+         where a block has 99 KB of shared memory, which the 16 rows' tiles would exceed.
          fp32: 64, 64, 32, for checking.
 Not here the sort, which is torch's; quantised experts
 Sources  arXiv:2512.14080 for not keeping `out`; tiles from the compiler's tables, not from a
@@ -40,7 +41,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels import on_gpu
+from kernels import on_gpu, shared_memory
 
 
 @triton.jit
@@ -191,13 +192,14 @@ def _weights(
         tl.store(at + i[:, None] * J + j[None, :], acc.to(OUT.dtype.element_ty), mask=both)
 
 
-def tiles(dtype, rows, E):
-    """BM, BN, BK and the launch: see sizes above."""
+def tiles(dtype, rows, E, shared):
+    """BM, BN, BK and the launch on a card whose blocks have `shared` bytes: see sizes above."""
+    many = rows >= 64 * E
     if dtype == torch.float32:
-        return (64 if rows >= 64 * E else 16, 64, 32), dict(num_warps=4, num_stages=2)
-    if rows >= 64 * E:
-        return (128, 128, 64), dict(num_warps=8, num_stages=4)
-    return (16, 128, 128), dict(num_warps=4, num_stages=4)
+        return (64 if many else 16, 64, 32), dict(num_warps=4, num_stages=2)
+    BM, BN, BK = sizes = (128, 128, 64) if many else (16, 128, 128)
+    held = 2 * BK * (BM + BN)  # bytes of a stage; one of them is at work and in registers
+    return sizes, dict(num_warps=8 if many else 4, num_stages=4 if 3 * held <= shared else 3)
 
 
 def route(pick, E, BM):
@@ -226,7 +228,7 @@ class Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, c, pick, gate, up, down):
         (m, l), k, (E, f, _) = c.shape, pick.shape[1], up.shape
-        plan = tiles(c.dtype, m * k, E)
+        plan = tiles(c.dtype, m * k, E, shared_memory(c.device))
         order, where, ends, expert, row = notes = route(pick, E, plan[0][0])
         hid, out, r = c.new_empty(m * k, f), c.new_empty(m * k, l), torch.empty_like(c)
         grouped(c, up, hid, notes, k, plan, GATHER=True, RELU2=True)

@@ -13,16 +13,14 @@ first and the others one kernel that reads z twice, puts dz where z was, and kee
 The gradient is made in the forward pass, because z is there; backward only multiplies it by the
 number that comes from above.
 
-grid     _nll: one program a row, walking its v logits twice; the first walk keeps a running maximum
-         and sum
+letters  h (d,) what the last layer says of a token, a row; W (v, d) the head; z (v,) its logits
+grid     _nll: one program a row, walking its v logits twice. The first walk keeps the largest so
+         far and the sum of exp(z - largest): when a larger one comes, the sum is scaled down to it
 traffic  z is written by the product, read twice and written by _nll, read by two products: 10.7 GB
-         at 8192 rows
-         of 131,072 in bf16, most of a second read from cache; the materialised loss does it in
-         fp32, three times
-memory   rows v for z, and dW in fp32: 0.5 + 2.1 GB in Super. dW is summed in slices of v, so the
-         bf16 product
-         waiting to be added stays small. Materialised: z in bf16 and fp32, log-softmax, and both
-         gradients, 17 GB
+         at 8192 rows of 131,072 in bf16, most of a second read from cache; the materialised loss
+         does it in fp32, three times
+memory   rows v for z, and dW in fp32: 0.5 + 2.1 GB in Super; z^T h is added to dW by the product
+         itself. Materialised: z in bf16 and fp32, log-softmax, and both gradients, 17 GB
 numbers  z has h's type, as the head's own output; sums and dW are fp32, so more rows do not round
          more often
 Not here a product fused with the softmax: it would have to beat cuBLAS at what cuBLAS is for
@@ -50,17 +48,24 @@ def _nll(Z, TARGET, MASK, NLL, V, BV: tl.constexpr, GRAD: tl.constexpr):
         top = tl.maximum(high, tl.max(x, 0))
         total = total * tl.exp(high - top) + tl.sum(tl.exp(x - top), 0)
         high = top
-    tl.store(
-        NLL + row, tl.where(mask > 0, mask * (high + tl.log(total) - right), 0.0)
-    )  # log sum exp z - z_target, weighted
+    # log sum exp z - z_target, weighted
+    tl.store(NLL + row, tl.where(mask > 0, mask * (high + tl.log(total) - right), 0.0))
     if GRAD:
         for v in range(0, V, BV):
             x = tl.load(z + v + j, mask=v + j < V, other=float("-inf")).to(tl.float32)
-            dz = tl.exp(x - high) / total - tl.where(
-                v + j == target, 1.0, 0.0
-            )  # softmax - [j = target]
+            # softmax - [j = target]
+            dz = tl.exp(x - high) / total - tl.where(v + j == target, 1.0, 0.0)
             dz = tl.where(mask > 0, mask * dz, 0.0)
             tl.store(z + v + j, dz.to(Z.dtype.element_ty), mask=v + j < V)
+
+
+def add_product(sums, a, b):
+    """sums (fp32) += a b, in place and in one call: cuBLAS adds what it multiplied before it
+    rounds. A CPU has no such product of bf16.
+    """
+    if sums.is_cuda:
+        return torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    return sums.addmm_(a.float(), b.float())
 
 
 class LinearNLL(torch.autograd.Function):
@@ -88,8 +93,7 @@ class LinearNLL(torch.autograd.Function):
             if grad[0]:
                 dh[part] = z @ w
             if grad[1]:
-                for j in range(0, v, 16384):
-                    dW[j : j + 16384] += z[:, j : j + 16384].T @ x
+                add_product(dW, z.T, x)
         ctx.made = dh, dW
         ctx.dtype = weight.dtype
         return each.sum()
@@ -102,10 +106,8 @@ class LinearNLL(torch.autograd.Function):
                 "linear_nll with fast=True hands over its gradients once: this is a second one"
             )
         (dh, dW), ctx.made = ctx.made, None
-        dh, dW = (
-            dh if dh is None else dh.mul_(above),
-            dW if dW is None else dW.mul_(above).to(ctx.dtype),
-        )
+        dh = dh if dh is None else dh.mul_(above)
+        dW = dW if dW is None else dW.mul_(above).to(ctx.dtype)
         return dh, dW, None, None, None, None
 
 
@@ -128,9 +130,8 @@ def linear_nll(h, weight, targets, mask, rows=2048):
         or h.shape[-1:] != weight.shape[1:]
     ):
         raise ValueError(
-            f"linear_nll: h {tuple(h.shape)}, weight {tuple(weight.shape)}, "
-            f"targets {tuple(targets.shape)}, "
-            f"mask {tuple(mask.shape)} do not fit"
+            f"linear_nll: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)}, mask {tuple(mask.shape)} do not fit"
         )
     return LinearNLL.apply(
         h.flatten(0, -2).contiguous(), weight, targets.flatten(), mask.flatten(), rows, dtype

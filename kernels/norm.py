@@ -3,18 +3,20 @@ norm: the gate and the RMSNorm of each group in one pass. mamba.GatedNorm's forw
 
     v = y silu(z)      r = 1 / sqrt(mean of v^2 over the group + eps)      out = w v r
 
-Backward, with o = d out and k = v r, the normalised value:
+Backward, with o = d out and k = v r, the normalised value. r depends on every v of its group, which
+is the subtracted term: what of the gradient points along k only changes the length, and the length
+is divided away.
+
     dv = r (w o - k mean(w o k))      dw = sum over tokens of o k
     dy = dv silu(z)                   dz = dv y silu'(z)
 
-grid     forward (tokens, g): one group of one token, e/g numbers (1024 in Super), is one program's
-         registers
-         backward (tokens / 32, g): 32 tokens one after the other, so dw sums in registers; 1/32 of
-         it reaches memory
+letters  e channels of a token in g groups; E = e/g numbers share an r
+grid     forward (tokens, g): one group of one token (1024 numbers in Super) is one program's
+         registers. Backward (tokens / 32, g): 32 tokens one after the other, so dw sums in
+         registers; 1/32 of it reaches memory
 traffic  forward reads y and z and writes out: 403 MB at 8192 tokens of Super in bf16, the minimum
-         (eager: 7 passes).
-         Backward reads o, y, z and writes dy, dz: 671 MB, the minimum; r is computed again, not
-         kept.
+         (eager: 7 passes). Backward reads o, y, z and writes dy, dz: 671 MB, the minimum; r is
+         computed again, not kept.
 numbers  fp32 inside, one rounding at the end. dw: partial sums in fp32, added by torch: no atomics.
 sizes    4 warps: 8 numbers a thread and tensor in Super, one 16-byte load. A group must fit: at
          most 8192 numbers.
@@ -25,13 +27,14 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels import on_gpu, rows
+from kernels import on_gpu, rows, unit
 
 TOKENS = 32  # a program's in backward
 
 
 @triton.jit
-def _forward(Y, Z, W, OUT, SY, SZ, eps, E: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(Y, Z, W, OUT, SY, SZ, eps, E: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    SY, SZ = SY * UNIT, SZ * UNIT
     m, g, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     ok, at = i < E, g * E + i
     y = tl.load(Y + m * SY + at, mask=ok, other=0.0).to(tl.float32)
@@ -58,7 +61,9 @@ def _backward(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
+    SY, SZ = SY * UNIT, SZ * UNIT
     block, g, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
     ok, at, width = i < E, g * E + i, tl.num_programs(1) * E
     w = tl.load(W + at, mask=ok, other=0.0)
@@ -72,9 +77,8 @@ def _backward(
         r = tl.rsqrt(tl.sum(v * v, 0) / E + eps)
         k = v * r
         dv = r * (w * o - k * (tl.sum(w * o * k, 0) / E))  # dv = r (w o - k mean(w o k))
-        tl.store(
-            DY + m * width + at, (dv * z * s).to(DY.dtype.element_ty), mask=ok
-        )  # dy = dv silu(z)
+        # dy = dv silu(z)
+        tl.store(DY + m * width + at, (dv * z * s).to(DY.dtype.element_ty), mask=ok)
         dz = dv * y * s * (1 + z * (1 - s))  # dz = dv y silu'(z)
         tl.store(DZ + m * width + at, dz.to(DZ.dtype.element_ty), mask=ok)
         dw += o * k  # dw = sum of o k
@@ -86,17 +90,18 @@ class GatedNorm(torch.autograd.Function):
     def forward(ctx, y, z, weight, groups, eps):
         (b, t, e), out = y.shape, torch.empty(y.shape, dtype=y.dtype, device=y.device)
         ctx.save_for_backward(y, z, weight)
-        ctx.groups, ctx.eps = groups, eps
+        ctx.groups, ctx.eps, wide = groups, eps, unit(y.stride(1), z.stride(1))
         _forward[b * t, groups](
             y,
             z,
             weight,
             out,
-            y.stride(1),
-            z.stride(1),
+            y.stride(1) // wide,
+            z.stride(1) // wide,
             eps,
             e // groups,
             triton.next_power_of_2(e // groups),
+            wide,
             num_warps=4,
         )
         return out
@@ -105,13 +110,11 @@ class GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, o):
         y, z, weight = ctx.saved_tensors
-        (b, t, e), blocks, own = (
-            y.shape,
-            triton.cdiv(y.shape[0] * y.shape[1], TOKENS),
-            y.shape[2] // ctx.groups,
-        )
+        b, t, e = y.shape
+        blocks = triton.cdiv(y.shape[0] * y.shape[1], TOKENS)
+        own = y.shape[2] // ctx.groups
         dy, dz = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (y, z))
-        dw = weight.new_empty(blocks, e)
+        dw, wide = weight.new_empty(blocks, e), unit(y.stride(1), z.stride(1))
         _backward[blocks, ctx.groups](
             y,
             z,
@@ -121,12 +124,13 @@ class GatedNorm(torch.autograd.Function):
             dz,
             dw,
             b * t,
-            y.stride(1),
-            z.stride(1),
+            y.stride(1) // wide,
+            z.stride(1) // wide,
             ctx.eps,
             own,
             triton.next_power_of_2(own),
             TOKENS,
+            wide,
             num_warps=4,
         )
         return dy, dz, dw.sum(0), None, None

@@ -7,38 +7,42 @@ numbers.
 A program walks one head of one sequence in chunks of Q tokens and holds S in registers all the way:
 between chunks nothing goes to memory, so Q can be small. Small is cheap: work a token grows with Q,
 and 2pn/(p+n) = 85 would balance it against updating S. With c_q = log2 of a_1 ... a_q inside the
-chunk and c_Q its last:
+chunk and c_Q its last, 2^(c_q - c_r) is what is left at q of what came in at r:
 
     W_qr = (C_q . B_r) 2^(c_q - c_r) dt_r,  r <= q                    scores that fade
     y_q  = sum_r W_qr x_r + 2^(c_q) S C_q + D x_q                     chunk, history, skip
     S    = 2^(c_Q) S + sum_r 2^(c_Q - c_r) dt_r x_r B_r^T             carry
 
 Backward, with Y = dy and G the gradient of S at the chunk's end:
-    e_r  = sum_q (C_q . B_r) 2^(c_q - c_r) y_q + 2^(c_Q - c_r) G B_r  dx = dt e + D y, ddt = e . x
-    G    = 2^(c_Q) G + sum_q 2^(c_q) y_q C_q^T                        the same walk, from the right
+
+    e_r  = sum_q (C_q . B_r) 2^(c_q - c_r) Y_q + 2^(c_Q - c_r) G B_r  dx = dt e + D Y, ddt = e . x
+    G    = 2^(c_Q) G + sum_q 2^(c_q) Y_q C_q^T                        the same walk, from the right
     dc_q = what q reads less what q wrote
     da_q = sum of dc from q on, plus what the end owes                ddt += A da
 
+The last two lines say how the fading is learned. c_q makes all larger that q reads, and all smaller
+that later ones read of what q wrote: dc_q is the difference. A log a_q is in c_q and in every later
+c, so its gradient da_q is the sum of them, and of what the state at the chunk's end would gain.
+
+letters  h heads of p numbers and a state (p, n); heads h/g at a time share B and C. q, r tokens of
+         a chunk: q reads, r was written
 grid     _scan (h, segments, b)   _states (p/BP, h, b) left to right for S, right to left for G
          _dx (chunks, h, b)       _dbc (chunks, g, b): loops over its h/g heads: no atomics
          _step (p/BP, h, b): a few tokens, state in, state out, or every state on the way
 traffic  forward, Super, 8192 tokens, bf16: x and y 134 MB each, B and C 17 each, dt 4: 306 MB, the
-         minimum, in
-         one segment. Fewer than 128 (head, sequence) pairs leave a card idle: then time is cut into
-         segments, _states finds what each one writes, and x and B are read twice. Backward: the
-         minimum is 478 MB; S and G at chunk starts, written once and read twice in x's type, make
-         it 2.7 GB. Step: S twice, all there is.
+         minimum, in one segment. Fewer than 128 (head, sequence) pairs leave a card idle: then time
+         is cut into segments, _states finds what each one writes, and x and B are read twice.
+         Backward: the minimum is 478 MB; S and G at chunk starts, written once and read twice in
+         x's type, make it 2.7 GB. Step: S twice, all there is.
 numbers  S, G, decays and sums fp32; operands of tensor cores in x's type. Decays are powers of
-         differences, never
-         quotients. dc takes rows and columns of ONE fp32 W: their rounding must cancel in the sum
-         over time, and with dt e . x from bf16 operands dA is 10 to 50 times worse. Padding has dt
-         = 0: no fade, no write.
+         differences, never quotients: those would be 0 / 0 once both have faded. dc takes rows and
+         columns of ONE fp32 W: their rounding must cancel in the sum over time, and with dt e . x
+         from bf16 operands dA is 10 to 50 times worse. Padding has dt = 0: no fade, no write.
 sizes    p and n from 16, 32, 64, 128. 16 bits: Q = 64, 8 warps: a (64, 128) state in fp32, the
-         scores and two chunks
-         in flight fill the registers of Hopper and Blackwell without a spill (4 warps: 128 bytes).
-         Q = 32 before Hopper, whose tensor cores want their operands in registers too. fp32 has no
-         exact tensor core: Q = 16, fit for checks. Bases are 64-bit scalars, offsets inside a tile
-         32-bit ones. No atomics anywhere.
+         scores and two chunks in flight fill the registers of Hopper and Blackwell without a spill
+         (4 warps: 128 bytes). Q = 32 before Hopper, whose tensor cores want their operands in
+         registers too. fp32 has no exact tensor core: Q = 16, fit for checks. Bases are 64-bit
+         scalars, offsets inside a tile 32-bit ones. No atomics anywhere.
 """
 
 import torch
@@ -152,16 +156,13 @@ def _scan(
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         Bq = tl.load(B + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
         Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
-        y = (
-            tl.dot(Cq, S.to(x.dtype), input_precision="ieee") * tl.exp2(cs)[:, None]
-        )  # 2^(c_q) S C_q
+        # 2^(c_q) S C_q
+        y = tl.dot(Cq, S.to(x.dtype), input_precision="ieee") * tl.exp2(cs)[:, None]
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
-        W = (
-            tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]
-        )  # (C_q . B_r) 2^(c_q - c_r) dt_r
-        y = tl.dot(W.to(x.dtype), x, y, input_precision="ieee") + skip * x.to(
-            tl.float32
-        )  # + sum_r W_qr x_r + D x_q
+        # (C_q . B_r) 2^(c_q - c_r) dt_r
+        W = tl.dot(Cq, Bq.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]
+        # + sum_r W_qr x_r + D x_q
+        y = tl.dot(W.to(x.dtype), x, y, input_precision="ieee") + skip * x.to(tl.float32)
         tl.store(
             Y + (row * H + h) * P + q[:, None] * (H * P) + p[None, :],
             y.to(Y.dtype.element_ty),
@@ -209,9 +210,8 @@ def _dx(
     SG = tl.sum(tl.sum(S.to(tl.float32) * G.to(tl.float32), 1), 0)
     Cq = tl.load(C + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     y = tl.load(DY + own, mask=ok, other=0.0)
-    dc = tl.sum(tl.dot(Cq, S, input_precision="ieee") * y, 1) * tl.exp2(
-        cs
-    )  # what q reads: history ...
+    # what q reads: history ...
+    dc = tl.sum(tl.dot(Cq, S, input_precision="ieee") * y, 1) * tl.exp2(cs)
     x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
     Bq = tl.load(B + row * SB + h // R * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     e = tl.dot(Bq, G, input_precision="ieee") * tl.exp2(last - cs)[:, None]  # 2^(c_Q - c_r) G B_r
@@ -221,15 +221,12 @@ def _dx(
     e = tl.dot(M.to(x.dtype).T, y, e, input_precision="ieee")  # + sum_q M_qr y_q
     W = tl.dot(y, x.T, input_precision="ieee") * M
     dc += tl.sum(W * dt[None, :], 1) - tl.sum(W, 0) * dt - end  # ... and chunk, less what it wrote
-    tl.store(
-        DX + own, (e * dt[:, None] + skip * y).to(DX.dtype.element_ty), mask=ok
-    )  # dx = dt e + D y
-    da = (
-        tl.cumsum(dc, 0, reverse=True) + tl.sum(end, 0) + tl.exp2(last) * SG
-    )  # dc from q on + what the end owes
-    tl.store(
-        DDT + row * H + h + q * H, tl.sum(e * x, 1) + a * da, mask=t0 + q < T
-    )  # ddt = e . x + A da
+    # dx = dt e + D y
+    tl.store(DX + own, (e * dt[:, None] + skip * y).to(DX.dtype.element_ty), mask=ok)
+    # dc from q on + what the end owes
+    da = tl.cumsum(dc, 0, reverse=True) + tl.sum(end, 0) + tl.exp2(last) * SG
+    # ddt = e . x + A da
+    tl.store(DDT + row * H + h + q * H, tl.sum(e * x, 1) + a * da, mask=t0 + q < T)
     part = (b * tl.num_programs(0) + k) * H + h
     tl.store(DA + part, tl.sum(da * dt, 0))  # dA = sum of dt da
     tl.store(DD + part, tl.sum(tl.sum(x.to(tl.float32) * y, 1), 0))  # dD = sum of x . y
@@ -260,11 +257,9 @@ def _dbc(
     q, n, p = tl.arange(0, Q), tl.arange(0, N), tl.arange(0, P)
     t0, G = k * Q, H // R
     row, ok = b * T + t0, (t0 + q < T)[:, None]
-    Z, dB, dC = (
-        tl.zeros((Q, Q), tl.float32),
-        tl.zeros((Q, N), tl.float32),
-        tl.zeros((Q, N), tl.float32),
-    )
+    Z = tl.zeros((Q, Q), tl.float32)
+    dB = tl.zeros((Q, N), tl.float32)
+    dC = tl.zeros((Q, N), tl.float32)
     for r in range(R):  # the heads that share this B and C
         h = g * R + r
         state = ((b * tl.num_programs(0) + k) * H + h) * P * N
@@ -273,16 +268,13 @@ def _dbc(
         y = tl.load(DY + (row * H + h) * P + q[:, None] * (H * P) + p[None, :], mask=ok, other=0.0)
         x = tl.load(X + row * SX + h * P + q[:, None] * SX + p[None, :], mask=ok, other=0.0)
         bits = tl.where(q[:, None] >= q[None, :], cs[:, None] - cs[None, :], float("-inf"))
-        Z += (
-            tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]
-        )  # (y_q . x_r) 2^(c_q - c_r) dt_r
+        # (y_q . x_r) 2^(c_q - c_r) dt_r
+        Z += tl.dot(y, x.T, input_precision="ieee") * tl.exp2(bits) * dt[None, :]
         u = (x * (tl.exp2(last - cs) * dt)[:, None]).to(x.dtype)
-        dB = tl.dot(
-            u, tl.load(G_OUT + state + tile), dB, input_precision="ieee"
-        )  # 2^(c_Q - c_r) dt_r G^T x_r
-        dC += (
-            tl.dot(y, tl.load(S_IN + state + tile), input_precision="ieee") * tl.exp2(cs)[:, None]
-        )  # 2^(c_q) S^T y_q
+        # 2^(c_Q - c_r) dt_r G^T x_r
+        dB = tl.dot(u, tl.load(G_OUT + state + tile), dB, input_precision="ieee")
+        # 2^(c_q) S^T y_q
+        dC += tl.dot(y, tl.load(S_IN + state + tile), input_precision="ieee") * tl.exp2(cs)[:, None]
     Bq = tl.load(B + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     Cq = tl.load(C + row * SB + g * N + q[:, None] * SB + n[None, :], mask=ok, other=0.0)
     own = (row * G + g) * N + q[:, None] * (G * N) + n[None, :]
@@ -324,9 +316,8 @@ def _step(
         x = tl.load(X + row * SX + h * P + p).to(tl.float32)
         Bt = tl.load(B + row * SB + h // R * N + n).to(tl.float32)
         Ct = tl.load(C + row * SB + h // R * N + n).to(tl.float32)
-        S = (
-            tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]
-        )  # S_t = a_t S_{t-1} + dt_t x_t B_t^T
+        # S_t = a_t S_{t-1} + dt_t x_t B_t^T
+        S = tl.exp2(dt * a) * S + (dt * x)[:, None] * Bt[None, :]
         y = tl.sum(S * Ct[None, :], 1) + skip * x  # y_t = S_t C_t + D x_t
         tl.store(Y + (row * H + h) * P + p, y.to(Y.dtype.element_ty))
         if EVERY:
@@ -517,10 +508,8 @@ def ssd_steps(x, dt, A, B, C, D=None, state=None, every=False):
     with torch.no_grad():
         x, dt, A, B, C, D, state = prepare(x, dt, A, B, C, D, state)
         (b, t, h, p), (g, n) = x.shape, B.shape[2:]
-        y, last = (
-            x.new_empty(b, t, h, p),
-            state.new_empty(b, t, h, p, n) if every else torch.empty_like(state),
-        )
+        y = x.new_empty(b, t, h, p)
+        last = state.new_empty(b, t, h, p, n) if every else torch.empty_like(state)
         BP = min(p, 16)  # 8 KiB of state a program of one warp: 64 numbers a thread
         _step[p // BP, h, b](
             x,

@@ -27,6 +27,8 @@ Departs   2^-64 of a state is left over, which neither fp32 nor fp64 notices bes
 
 import torch
 
+import data
+
 BITS = 64  # by how many powers of two a state fades at an edge
 LN2 = 0.6931471805599453
 
@@ -36,15 +38,22 @@ class Docs:
 
     number (b, t+1): which document each token belongs to, 0 0 0 1 1 2 ... in every row, as many as
     train.losses takes: what is read are the first t, and the last one tells whether they go on.
+    device: where they are wanted, if number is on the CPU: no GPU is waited for to count them.
     """
 
-    def __init__(self, number):
+    def __init__(self, number, device=None):
         edge = number[:, 1:] != number[:, :-1]
+        if not torch.equal(number[:, 1:] - number[:, :-1], edge.to(number.dtype)):
+            raise ValueError("documents of a row are numbered 0 0 0 1 1 2 ..., without a gap")
         start = torch.ones_like(edge[:, :1])
         self.number, self.last = number[:, :-1] - number[:, :1], edge  # (b, t)
         self.first = torch.cat([start, edge[:, :-1]], 1)
         at = self.first.flatten().nonzero().flatten().tolist() + [edge.numel()]
         self.lengths = [b - a for a, b in zip(at, at[1:])]  # of all rows, one behind another
+        self.edges = int(self.number.max())  # of the row that has the most
+        if device:
+            there = (data.send(x, device) for x in (self.number, self.last, self.first))
+            self.number, self.last, self.first = there
 
     def end(self, x):
         """x (b, t, ...) with 0 at every document's last token, whose next is another document's."""
@@ -61,7 +70,8 @@ class Docs:
         """x (b, t, w) with k-1 zeros between documents -> (b, longer, w), and the way back."""
         at = torch.arange(x.shape[1], device=x.device) + (k - 1) * self.number  # (b, t)
         at = at[..., None].expand_as(x)
-        wide = x.new_zeros(x.shape[0], int(at.max()) + 1, x.shape[2]).scatter(1, at, x)
+        length = x.shape[1] + (k - 1) * self.edges
+        wide = x.new_zeros(x.shape[0], length, x.shape[2]).scatter(1, at, x)
         return wide, lambda y: y.gather(1, at)
 
 
@@ -87,6 +97,11 @@ def pack(documents, length):
 def lay(rows, length, *columns):
     """Columns, each a list of per-token numbers for every document, laid out as `rows` says and
     padded with zeros -> number (b, length), then each column (b, length)."""
+
+    for n, row in enumerate(rows):
+        tokens = [sum(len(column[i]) for i in row) for column in columns]
+        if tokens != tokens[:1] * len(columns) or tokens[0] > length:
+            raise ValueError(f"row {n} of {length} tokens: its columns have {tokens}")
 
     def laid(flat, padding):
         return torch.tensor([f + [pad] * (length - len(f)) for f, pad in zip(flat, padding)])
@@ -154,4 +169,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

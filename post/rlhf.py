@@ -37,6 +37,8 @@ def circle(judge, prompt, replies):
 
 def base(matches):
     """matches (n, 3): what was said of replies i and i+1, round and round -> (n,)"""
+    if matches.ndim != 2 or matches.shape[1] != 3 or not matches.isfinite().all():
+        raise ValueError(f"matches {tuple(matches.shape)}: (n, 3) finite numbers")
     first, second, r = matches.unbind(1)
     tie = (first == second) * (3.5 - r)
     return (first + tie + (second - tie).roll(1)) / 2
@@ -61,6 +63,8 @@ def rewards(
 ):
     """matches (n, 3), tokens of the reasoning and of the answer (n,) -> rewards (n,)"""
     b = base(matches)
+    if not b.shape == think.shape == answer.shape:
+        raise ValueError(f"{len(b)} replies, lengths of {len(think)} and {len(answer)}")
     out = b + a_think * shorter(think) + a_answer * shorter(answer)
     for length, bonus in ((think, bonus_think), (answer, bonus_answer)):
         i = int(length.argmin())
@@ -89,4 +93,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 
 import chat
-from decode import read
+from decode import read, sound
 from post import tasks
 from speculate import rounds
+from tokenizer import raw
 
 
 class Rollout(NamedTuple):
@@ -35,17 +36,17 @@ def roll(model, prompts, group, room, end, generator=None, greedy=False, swap=No
     side by side. swap: called with the number of each step; it may change the model's weights in
     the middle of all replies, whose memory stays as it is.
     """
+    if group < 1 or room < 1:
+        raise ValueError(f"{group} replies of {room} tokens: at least one of one")
     device, cache = model.lm_head.weight.device, model.new_cache(len(prompts))
     logits = read(model, cache, prompts)  # (prompts, v)
     each = torch.arange(len(prompts), device=device).repeat_interleave(group)
     cache.take(each)
-    logits, row = (
-        logits[each],
-        torch.arange(len(each), device=device),
-    )  # row: whose tokens these are
+    logits = logits[each]
+    row = torch.arange(len(each), device=device)  # whose tokens these are
     ids, logps = torch.full((len(each), room), -1), torch.zeros(len(each), room)
     for t in range(room):
-        logp = logits.log_softmax(-1)
+        logp = sound(logits).log_softmax(-1)
         new = logp.argmax(-1)
         if not greedy:
             new = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
@@ -68,12 +69,17 @@ def roll(model, prompts, group, room, end, generator=None, greedy=False, swap=No
     ]
 
 
+def spelled(enc, r):
+    """A reply's text without its end. A model may have ids that its tokenizer has not: U+FFFD."""
+    ids = r.reply[:-1] if r.ended else r.reply
+    return b"".join(raw(enc, i) for i in ids).decode("utf-8", "replace")
+
+
 def judge(enc, rollouts, asked):
     """What each reply is worth, 0 or 1, and its chat.Reply. asked: (problem, mode) of each."""
     replies, worth = [], []
     for r, (problem, mode) in zip(rollouts, asked):
-        text = enc.decode(r.reply[:-1] if r.ended else r.reply)
-        replies.append(chat.reply(text, tasks.MODES[mode]["thinking"]))
+        replies.append(chat.reply(spelled(enc, r), tasks.MODES[mode]["thinking"]))
         right = r.ended and replies[-1].formed and problem.check(replies[-1])
         worth.append(float(right))
     return worth, replies
@@ -137,10 +143,9 @@ def budgeted(model, enc, asked, budget, seed=0, room=40):
     if budget:
         made = roll(model, prompts, 1, budget, end, generator)
         thought = [r.reply[: (r.reply + [enough]).index(enough)] for r in made]
-    close = enc.encode_ordinary("\n")
-    told = [p + t + close * bool(t) + [enough] + close for p, t in zip(prompts, thought)]
+    told = [p + t + chat.enough(enc, t) for p, t in zip(prompts, thought)]
     for r, (problem, _) in zip(roll(model, told, 1, room, end, generator), asked):
-        said = chat.reply(enc.decode(r.reply[:-1] if r.ended else r.reply), thinking=False)
+        said = chat.reply(spelled(enc, r), thinking=False)
         right.append(float(r.ended and said.formed and problem.check(said)))
     return mean(right)
 
@@ -157,6 +162,12 @@ def report(model, enc, weights, questions, room, say):
             f"{1 - r['formed']:10.2f}  " + (f"{r['accepted']:.2f}" if r["accepted"] else "")
         )
     return rows
+
+
+def columns(rows):
+    """Rows of `evaluate` as columns of a log: sort-off-right and so on."""
+    kinds = "right", "tokens", "formed"
+    return {f"{r['task']}-{r['mode']}-{k}": r[k] for r in rows for k in kinds}
 
 
 def table(rows):

@@ -133,11 +133,11 @@ def mixture(text):
     """`sort,make:3` -> {"sort": 1.0, "make": 3.0}: which tasks, and how often each is asked."""
     out = {}
     for item in text.split(","):
-        name, _, weight = item.partition(":")
+        name, colon, weight = item.partition(":")
         if name not in TASKS:
             raise ValueError(f"--tasks {text}: there is no task {name!r}, only {', '.join(TASKS)}")
         try:
-            out[name] = float(weight or 1)
+            out[name] = float(weight) if colon else 1.0
         except ValueError:
             raise ValueError(f"--tasks {text}: {weight!r} is no number") from None
         if not 0 < out[name] < math.inf:
@@ -149,6 +149,8 @@ def problems(weights, n, seed, held=False, level=None):
     """n problems and a mode for each, a pure function of the seed. weights: a `mixture`; level: a
     function of (draw, task), or all are as frequent; held: only questions that training never asks.
     """
+    if n < 0:
+        raise ValueError(f"{n} problems")
     draw, out = random.Random(seed), []
     while len(out) < n:
         name = draw.choices(list(weights), list(weights.values()))[0]
@@ -204,4 +206,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

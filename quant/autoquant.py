@@ -8,8 +8,9 @@ diagonal, and a knapsack spends the bits:
     KL       ~ score / 2m     min sum of score_uf  s.t.  sum of bits_f numel_u <= bits sum numel_u
 
 y_f is worked out beside y, from the same unrounded input, with weight and input of this unit alone
-in format f. `assign` is exact: a table over multiples of the greatest common divisor of all costs.
-More bits never score worse. The router, conv, norms, embedding, head and MTP are never touched.
+in format f. `assign` is exact while its table fits, over multiples of the greatest common divisor
+of all costs. More bits never score worse. The router, conv, norms, embedding, head and MTP are
+never touched.
 
 Letters   u unit  f format
 Not here  scales within a format: calibrate.py. The command: ptq.py
@@ -42,10 +43,8 @@ class Beside(nn.Module):
 
     def __init__(self, block, prefix, name, kind, stats, method):
         super().__init__()
-        m, tensors = (
-            calibrate.inside(block, prefix, name),
-            calibrate.encoded(block, prefix, name, kind, stats, method),
-        )
+        m = calibrate.inside(block, prefix, name)
+        tensors = calibrate.encoded(block, prefix, name, kind, stats, method)
         if isinstance(m, latent_moe.Experts):
             self.low = latent_moe.Experts(1, 1, 1)
             self.low.mm = packed.mm
@@ -141,6 +140,10 @@ def assign(score, sizes, bits):
     Exact, as long as the table has at most ENTRIES entries; beyond, costs are rounded up to the
     unit that fits, so that the budget still holds.
     """
+    if not score or not all(math.isfinite(x) for s in score.values() for x in s.values()):
+        raise ValueError("no units to choose for, or a score that is not a finite number")
+    if not 0 < bits < math.inf:
+        raise ValueError(f"{bits} bits a weight: above 0, and finite")
     cost = {u: {f: round(2 * BITS[f]) * sizes[u] for f in s} for u, s in score.items()}  # half bits
     budget = int(2 * bits * sum(sizes[u] for u in score))
     step = math.gcd(*(c for cs in cost.values() for c in cs.values()))

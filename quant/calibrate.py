@@ -13,7 +13,7 @@ inputs' correlations: whoever changes w by e changes the outputs' square by e H 
 An expert that no token chose has no H: it falls back to mse. FP8 needs no search: s = amax / 448.
 
 Letters   o outputs  i inputs  E experts, a plain matrix is one  m rows
-Not here  which format for which matrix: autoquant.py. The command, layer by layer: ptq.py
+Not here  which format for which matrix: autoquant.py. Layer by layer: layerwise.py
 Sources   arXiv:2604.12374 section 4; 2210.17323 (GPTQ); Model Optimizer: `max`, `mse` and FP8 bit
           for bit, its local_hessian is `output`
 Departs   GPTQ damps by 0.01 of H's mean diagonal and keeps the columns' order
@@ -190,7 +190,13 @@ def encode(w, kind, method="mse", H=None):
 
     A matrix of zeros gets codes and scales of zeros' own: nothing is NaN.
     """
+    if kind not in packed.KINDS or method not in METHODS:
+        raise ValueError(f"{kind} by {method}: {', '.join(packed.KINDS)} by {', '.join(METHODS)}")
     w = w.detach().float()
+    if w.ndim != 3 or not w.isfinite().all():
+        raise ValueError(f"matrices {tuple(w.shape)}: (E, o, i), and finite numbers")
+    if H is not None and H.shape != (len(w), w.shape[2], w.shape[2]):
+        raise ValueError(f"H is {tuple(H.shape)} beside matrices {tuple(w.shape)}")
     if kind == "FP8":
         low = w.bfloat16()  # a BF16 weight's quotient is rounded to BF16, as in the release
         exact = torch.equal(low.float(), w)

@@ -14,12 +14,13 @@ they open a file:
 MIXED_PRECISION lists every quantised module; NVFP4 and FP8 say it of all but those excluded. A name
 there is exact, or a piece of a module's path, or a pattern with *; a trailing * covers all below.
 Of experts the published files name every matrix, Model Optimizer's own a layer's, with a tail
-behind a zero byte. `told` understands them all; `agree` compares them with what the tensors say.
+behind a zero byte. `told` understands them all; `agree` compares them with what the tensors say,
+and the groups' numbers of bits, and the cache's.
 
 A file is mapped, not read (`views`): a page comes from the disk when somebody looks at its numbers,
 and `fetch` asks for a matrix at once, before it is touched page by page.
 
-Not here  what codes mean: packed.py. Names of everything else, and loading: hf.py
+Not here  what codes mean: packed.py. Names of everything else: census.py; loading: hf.py
 Sources   the two files of Super-NVFP4 and Nano-NVFP4; Model Optimizer 0.47; how vLLM reads them
 """
 
@@ -29,6 +30,8 @@ import math
 import mmap
 import re
 from pathlib import Path
+
+import command
 
 import torch
 
@@ -53,6 +56,8 @@ def by_tensors(dtypes):
     A matrix with a weight_scale_2 is NVFP4, with a weight_scale alone FP8. A layer's experts are
     one module, and must be of one kind.
     """
+    if not isinstance(dtypes, dict) or not all(isinstance(n, str) for n in dtypes):
+        raise ValueError(f"dtypes is {dtypes!r:.60}: those of tensors, by name")
     plan = {}
     for n in sorted(dtypes):
         lacking = {"U8": ("weight_scale", "weight_scale_2"), "F8_E4M3": ("weight_scale",)}
@@ -61,8 +66,8 @@ def by_tensors(dtypes):
             if f"{m}.{scale}" not in dtypes:
                 raise ValueError(f"{n} is {dtypes[n]}, that is codes, and {m}.{scale} is missing")
         if leaf == "weight_scale":
-            four, inputs = f"{m}.weight_scale_2" in dtypes, f"{m}.input_scale" in dtypes
-            kind = "FP8" if not four else "NVFP4" if inputs else "W4A16_NVFP4"
+            four_bits = "NVFP4" if f"{m}.input_scale" in dtypes else "W4A16_NVFP4"
+            kind = four_bits if f"{m}.weight_scale_2" in dtypes else "FP8"
             base = EXPERT.sub(".experts", m)
             if plan.setdefault(base, kind) != kind:
                 raise ValueError(f"{m} is {kind}, other experts of its layer {plan[base]}")
@@ -73,6 +78,11 @@ def by_tensors(dtypes):
 def clean(name):
     """A module's name without Model Optimizer's tail `.\\0backbone.pt_name_sentinel`."""
     return re.sub(r"\.?\0[\w.]*", "", name)
+
+
+def module(name):
+    """A matrix's name -> the module that has its kind: of experts, their layer's."""
+    return re.sub(r"\.experts(\..*)?$", ".experts", clean(name))
 
 
 def covers(pattern, module):
@@ -88,49 +98,114 @@ def told(quantization, plan):
     do, it must be theirs.
     """
     algo = quantization.get("quant_algo")
+    sizes = [quantization, *(quantization.get("quantized_layers") or {}).values()]
+    if odd := [v["group_size"] for v in sizes if v.get("group_size", 16) != 16]:
+        raise ValueError(f"blocks of {odd[0]} numbers in its quantisation config: 16 are read")
     if algo == "MIXED_PRECISION":
-        layers = quantization.get("quantized_layers") or {}
-        return {
-            re.sub(r"\.experts(\..*)?$", ".experts", clean(n)): v["quant_algo"]
-            for n, v in layers.items()
-        }
+        found = {}
+        for n, v in (quantization.get("quantized_layers") or {}).items():
+            kind = found.setdefault(module(n), v["quant_algo"])
+            if kind != v["quant_algo"]:
+                raise ValueError(f"{n} is {v['quant_algo']}, other experts of its layer {kind}")
+        return found
     excluded = quantization.get("ignore", quantization.get("exclude_modules")) or []
     excluded = [clean(p) for p in excluded]
     return {m: None if any(covers(p, m) for p in excluded) else algo for m in plan}
 
 
-def agree(dir, given, plan):
-    """Raises if the JSON (config.json's, else hf_quant_config.json's) and the tensors disagree.
+def rule(kind):
+    """How a config_group describes numbers of a kind."""
+    blocks = {} if kind == "FP8" else dict(group_size=16)
+    return dict(dynamic=False, num_bits=8 if kind == "FP8" else 4, type="float", **blocks)
 
-    dir: the folder; given: its config.json as a dict; plan: `by_tensors`' {module: kind}.
+
+def described_as(given, kind):
+    """Whether a description of numbers, perhaps with other words in it, is that of a kind."""
+    return {k: given.get(k) for k in rule("NVFP4")} == dict(group_size=None) | rule(kind)
+
+
+def groups(said, plan):
+    """ValueError unless the config_groups, if there are any, describe the modules as they are
+    stored: so many bits, blocks of 16, inputs rounded or not.
+    """
+    for name, group in (said.get("config_groups") or {}).items():
+        targets = plan if group["targets"] == ["Linear"] else map(module, group["targets"])
+        for m in targets:
+            kind, inputs = plan.get(m), group.get("input_activations")
+            same = kind and described_as(group["weights"], kind)
+            if kind == "W4A16_NVFP4":
+                same = same and not inputs
+            elif not (same and inputs and described_as(inputs, kind)):
+                same = False
+            if not same:
+                raise ValueError(
+                    f"{name} of config_groups and the tensors disagree about {m}: "
+                    f"{group['weights']} with inputs {inputs} there, "
+                    f"{kind or 'not quantised'} in the files"
+                )
+
+
+def cache(said, kv):
+    """ValueError unless what is said of keys and values fits the scales in the files. Where FP8 is
+    said and no scale is stored, the sentence that has to be shown.
+    """
+    scheme = said.get("kv_cache_scheme", said.get("kv_cache_quant_algo"))
+    eight = scheme == "FP8" or isinstance(scheme, dict) and described_as(scheme, "FP8")
+    if scheme and not eight:
+        raise ValueError(f"keys and values in {scheme}: FP8 is read, no other format of a cache")
+    if kv and not scheme:
+        raise ValueError(f"{kv[0]} has scales of an FP8 cache, and the config says nothing of one")
+    if eight and not kv:
+        return "the config says an FP8 cache, and no file holds its scales: kept as computed"
+    return ""
+
+
+def agree(dir, given, plan, kv=()):
+    """Raises if the JSON (config.json's, else hf_quant_config.json's) and the tensors disagree.
+    Returns what else is to be said of them, in a sentence.
+
+    dir: the folder; given: its config.json as a dict; plan, kv: as `by_tensors` has them.
     """
     said, path = given.get("quantization_config"), Path(dir) / "hf_quant_config.json"
     if not said and path.is_file():
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))["quantization"]
+            said = command.document(path)["quantization"]
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is no quantisation config: {e!r}") from None
     if said is None:
-        return
+        return ""
     if not isinstance(said, dict) or said.get("quant_method", "modelopt") != "modelopt":
         raise ValueError(
             f"{dir}: quant_method "
             f"{said.get('quant_method') if isinstance(said, dict) else said!r}: "
             "only modelopt's formats are read"
         )
-    want = told(said, plan)
+    try:
+        differ(told(said, plan), plan)
+        groups(said, plan)
+        line = cache(said, kv)
+    except ValueError as e:
+        raise ValueError(f"{dir}: {e}") from None
+    except (LookupError, TypeError, AttributeError) as e:
+        raise ValueError(
+            f"{dir}: its quantisation config is malformed ({type(e).__name__}: {e})"
+        ) from None
+    if not plan and said.get("quant_algo"):
+        raise ValueError(
+            f"{dir}: the config says {said['quant_algo']}, but no tensor there is quantised"
+        )
+    return line and f"{dir}: {line}"
+
+
+def differ(want, plan):
+    """ValueError if a module is said to be of one kind, and stored in another."""
     wrong = sorted(m for m in want.keys() | plan.keys() if want.get(m) != plan.get(m))
     if wrong:
         m = wrong[0]
         raise ValueError(
-            f"{dir}: the quantisation config and the tensors disagree about {len(wrong)} "
-            f"modules, first "
-            f"{m}: {want.get(m) or 'not quantised'} there, {plan.get(m) or 'not quantised'} "
-            f"in the files"
-        )
-    if not plan and said.get("quant_algo"):
-        raise ValueError(
-            f"{dir}: the config says {said['quant_algo']}, but no tensor there is quantised"
+            f"the quantisation config and the tensors disagree about {len(wrong)} modules, first "
+            f"{m}: {want.get(m) or 'not quantised'} there, {plan.get(m) or 'not quantised'} in the "
+            "files"
         )
 
 
@@ -152,13 +227,11 @@ def quantization_config(plan, kv, experts, version="0.43.0"):
     layers = {m: entry(kind) for n, kind in plan.items() for m in each(n)}
     groups = {}
     for i, kind in enumerate(sorted(set(plan.values()))):
-        rule = dict(dynamic=False, num_bits=8 if kind == "FP8" else 4, type="float")
-        rule |= {} if kind == "FP8" else dict(group_size=16)
-        inputs = {} if kind == "W4A16_NVFP4" else dict(input_activations=rule)
+        inputs = {} if kind == "W4A16_NVFP4" else dict(input_activations=rule(kind))
         targets = [m for m, e in layers.items() if e["quant_algo"] == kind]
-        groups[f"group_{i}"] = dict(**inputs, weights=rule, targets=targets)
+        groups[f"group_{i}"] = dict(**inputs, weights=rule(kind), targets=targets)
     producer = dict(name="modelopt", version=version)
-    scheme = dict(kv_cache_scheme=dict(dynamic=False, num_bits=8, type="float")) if kv else {}
+    scheme = dict(kv_cache_scheme=rule("FP8")) if kv else {}
     inside = dict(
         config_groups=groups,
         quantized_layers=layers,
@@ -188,6 +261,8 @@ def super_map(pattern):
     """Super's pattern of letters -> the release's {module: kind} and its layers with an FP8
     cache.
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern is {pattern!r:.60}: a text of letters")
     at = {letter: [i for i, x in enumerate(pattern) if x == letter] for letter in "ME*"}
     plan = {f"backbone.layers.{i}.mixer.experts": "NVFP4" for i in at["E"]}
     up, down = "shared_experts.up_proj", "shared_experts.down_proj"
@@ -220,15 +295,15 @@ def header(path):
     A file shorter than its table promises is refused: touching what is missing under a mapping
     would kill the process.
     """
+    if not isinstance(path, (str, Path)):
+        raise ValueError(f"{path!r:.60} is no path")
     path = Path(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or not 2 <= n <= size - 8:
             raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes")
-        table = json.loads(f.read(n))
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} is no safetensors file: its header is no table")
+        table = command.parsed(f.read(n), f"{path}, its header,")
     table.pop("__metadata__", None)
     for name, h in table.items():
         if not described(h):
@@ -249,6 +324,8 @@ def store(f, tensors):
 
     Wider numbers first, then by name, so that each lies on an address it can be read from.
     """
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"tensors is {tensors!r:.60}: tensors by name")
     words = {dtype: word for word, dtype in DTYPES.items()} | {torch.int64: "I64"}
     order = sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))
     table, end = {"__metadata__": dict(format="pt")}, 0

@@ -36,7 +36,7 @@ import nvfp4
 from quant.ondisk import fetch
 
 ROWS = 1 << 20  # numbers unpacked at a time: 4 MB in fp32
-FEW = 64  # rows of x, up to which kernels/fp4.py's decoding product is the better one
+FEW = 64  # rows of x, up to which kernels/fp4mm.py's decoding product is the better one
 CACHE = ("k_scale", "v_scale")  # stored beside k_proj and v_proj, but not theirs
 
 
@@ -149,7 +149,7 @@ def product(x, kind, t, fast=False):
     """
     fast = fast and kind != "FP8" and len(x) <= FEW
     if fast:
-        from kernels.fp4 import decode
+        from kernels.fp4mm import decode
 
         codes = t["weight"], t["weight_scale"], t["weight_scale_2"]
         return decode(x.contiguous(), codes, alpha=t["weight_scale_2"])
@@ -239,8 +239,10 @@ def mm(x, w, count):
 
     Unpacks the experts that got a row, and no other.
     """
-    out, at = x.new_empty(len(x), w.shape[1]), 0
-    for e, n in enumerate(count.tolist()):
+    out, at, each = x.new_empty(len(x), w.shape[1]), 0, count.tolist()
+    if len(each) != len(w) or sum(each) != len(x) or min(each) < 0:
+        raise ValueError(f"{len(x)} rows for {len(w)} experts, of which count has {each}")
+    for e, n in enumerate(each):
         if n:
             t = w.tensors(e)
             rows = w.incoming(x[at : at + n], t)
@@ -249,7 +251,7 @@ def mm(x, w, count):
     return out
 
 
-mm.fast = True  # with Stack.fast it goes through kernels/fp4.py: latent_moe.Experts asks
+mm.fast = True  # with Stack.fast it goes through kernels/fp4mm.py: latent_moe.Experts asks
 
 
 # 4. A model with packed matrices in it.
@@ -299,16 +301,13 @@ def refuse(model, what):
         kinds = " and ".join(sorted(set(found.values())))
         raise ValueError(
             f"{what}: {len(found)} modules of this model are packed ({kinds}; first "
-            f"{next(iter(found))}), "
-            "and codes cannot be trained, converted or cut up; take the checkpoint that is "
-            "not quantised"
+            f"{next(iter(found))}), and codes cannot be trained, converted or cut up; take the "
+            "checkpoint that is not quantised"
         )
 
 
 def rounded(model, on=True):
-    """Inputs of packed matrices, keys and values are rounded as in serving (W4A4, W8A8), or not
-    (W4A16).
-    """
+    """Whether inputs, keys and values are rounded as in serving (W4A4, W8A8), or not (W4A16)."""
     for m in model.modules():
         if isinstance(m, Codes):
             m.act = on

@@ -34,6 +34,7 @@ M0, M1, W0, W1, LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 TOPS = {"int8": 127, "int16": 32767, "fp8": 448}  # the largest code of each block format
 KINDS = ("fp32", "fp16", "bf16", *TOPS)
 BITS = 13  # random bits a number
+MOST = 32  # Philox rounds; its authors' own choice is 10
 
 
 def philox(counter, key, rounds=10):
@@ -69,6 +70,8 @@ def to_fp16(S, r=None):
     """
     if r is None:
         return S.clamp(-65504, 65504).half().float()
+    if r.shape != S.shape:
+        raise ValueError(f"random numbers {tuple(r.shape)} for a state {tuple(S.shape)}")
     magnitude = S.abs()
     small = magnitude < 2**-14
     bits = magnitude.view(torch.int32) + r.int()  # carries into the tenth bit as often as it should
@@ -108,9 +111,9 @@ class Store:
         self.kind, self.rounds, self.block = kind, rounds, block
         if kind not in KINDS:
             raise ValueError(f"a state in {kind!r}: choose {', '.join(KINDS)}")
-        if rounds is not None and (rounds < 1 or kind in ("fp32", "bf16")):
+        if rounds is not None and (not 1 <= rounds <= MOST or kind in ("fp32", "bf16")):
             raise ValueError(
-                f"{kind} with {rounds} rounds: fp16, int8, int16 or fp8, and at least 1"
+                f"{kind} with {rounds} rounds: fp16, int8, int16 or fp8, and from 1 to {MOST}"
             )
         self.key = torch.tensor((seed << 20) + (layer << 40), dtype=torch.int64)
         self.dtype = dict(fp16=torch.float16, bf16=torch.bfloat16).get(kind, torch.float32)
@@ -140,34 +143,35 @@ def read(text, seed=0):
     return lambda layer: Store(**how, layer=layer)
 
 
-def drift(kind, rounds, memory, tokens=8192, size=(8, 128), seed=0):
-    """A head that remembers `memory` tokens, run with its state rounded and not -> relative error
-    and bias of S.
+def drifts(kind, rounds, memories, tokens=8192, size=(8, 128), seed=0):
+    """Heads that remember so many tokens, run side by side with their states rounded and not ->
+    relative error and bias of S, a pair for each.
 
     a = exp(-1/memory) and u_t = x B^T / memory with x and B uniform in (0, 1): of one sign, as what
     a head counts up over a long text. Inputs that cancel dither the sum, and nothing drifts. Bias:
     the error along S itself, negative where the state is too small.
     """
-    g = torch.Generator().manual_seed(seed)
-    store, a = Store(kind, rounds, seed), torch.tensor(-1 / memory).exp()
-    exact = rounded = torch.zeros(size)
+    g, memory = torch.Generator().manual_seed(seed), torch.tensor(memories)[:, None, None]
+    store, a = Store(kind, rounds, seed), (-1 / memory).exp()
+    exact = rounded = torch.zeros(len(memories), *size)
     for _ in range(tokens):
         u = torch.rand(size[0], 1, generator=g) * torch.rand(1, size[1], generator=g) / memory
         exact, rounded = a * exact + u, store(a * rounded + u)
-    e = rounded - exact
-    return float(e.norm() / exact.norm()), float((e * exact).sum() / exact.square().sum())
+    pairs = zip(exact, rounded - exact)
+    return [(float(e.norm() / S.norm()), float((e * S).sum() / S.square().sum())) for S, e in pairs]
+
+
+def drift(kind, rounds, memory, *more, **how):
+    """`drifts` of one head."""
+    return drifts(kind, rounds, [memory], *more, **how)[0]
 
 
 def neighbours(rounds, n=1 << 14, block=128, seed=0):
     """Spread of sums of 128 neighbours' noise, relative to that of independent noise: 1 is
     right.
     """
-    r = torch.cat(
-        [
-            noise(torch.empty(n), mix(torch.tensor(seed + k)), rounds).double().view(-1, block)
-            for k in range(16)
-        ]
-    )
+    keys = (mix(torch.tensor(seed + k)) for k in range(16))
+    r = torch.cat([noise(torch.empty(n), key, rounds).double().view(-1, block) for key in keys])
     r = (r + 0.5) / 2**BITS - 0.5
     return float(r.sum(1).std() / (block / 12) ** 0.5)
 
@@ -176,6 +180,7 @@ def main():
     """Prints what the file claims: what drifts and what does not, and how many rounds are
     enough.
     """
+    torch.set_num_threads(1)  # tensors this small: threads that wait for each other take longer
     torch.manual_seed(0)
     words = philox(torch.zeros(1, dtype=torch.int64), 0)[0].tolist()
     print("Philox4x32-10 of counter 0, key 0:", " ".join(f"{w:08x}" for w in words))
@@ -186,10 +191,12 @@ def main():
     print(f"{'':12}" + "".join(f"{m:>20,}" for m in memories))
     for text in ("fp16", "fp16:5", "bf16", "int8", "int8:5", "fp8", "fp8:5"):
         kind, _, rounds = text.partition(":")
-        row = [drift(kind, int(rounds) if rounds else None, m, 2048) for m in memories]
+        row = drifts(kind, int(rounds) if rounds else None, memories, 2048)
         print(f"{text:12}" + "".join(f"{100 * e:11.3f} ({100 * b:+7.3f})" for e, b in row))
     print("to the nearest, a head of long memory loses what it adds; at random it keeps the mean")
 
 
 if __name__ == "__main__":
-    main()
+    import command
+
+    command.demo(main, __doc__)

@@ -12,8 +12,9 @@ from dataclasses import fields, replace
 from typing import NamedTuple
 
 import torch
+from tiny import SMALL, spelled
 
-import command
+import bounds
 
 # program: its module, its dataclass of flags, its entry
 PROGRAMS = {
@@ -23,8 +24,8 @@ PROGRAMS = {
     **{
         name: (name, "Flags", "main")
         for name in (
-            *("sample", "heal", "hf", "model", "bench", "plot", "ptq", "data", "worth"),
-            *("scale.budget", "scale.release"),
+            *("sample", "look", "heal", "hf", "model", "bench", "plot", "ptq", "data", "worth"),
+            *("report", "scale.budget", "scale.release"),
         )
     },
 }
@@ -84,18 +85,18 @@ def tried(given):
 
 def wrong(f):
     """Texts that a field may not hold: one below, one above, NaN, a word, nothing."""
-    bounds, one = f.metadata["bounds"], command.kind(f)
+    allowed, one = f.metadata["bounds"], bounds.kind(f)
     if one is bool:
         return ["maybe", "nan"]
-    if bounds.choices or bounds.spells:
-        return [x for x in ("nonsense word", "nan", "-1", "\0") if command.fault(f, x)]
+    if allowed.choices or allowed.spells:
+        return [x for x in ("nonsense word", "nan", "-1", "\0") if bounds.fault(f, x)]
     if one is str:
-        below = [""] * (bounds.least > 0)
-        return below + ["a\0b"] + ["x" * (bounds.most + 1)] * (bounds.most <= 1 << 16)
-    low = bounds.least if bounds.above is None else bounds.above
+        below = [""] * (allowed.least > 0)
+        return below + ["a\0b"] + ["x" * (allowed.most + 1)] * (allowed.most <= 1 << 16)
+    low = allowed.least if allowed.above is None else allowed.above
     step = 1 if one is int or not low else abs(low) / 2
-    below = low - step if bounds.above is None else low
-    above = bounds.most + 1 if one is int else bounds.most * 2
+    below = low - step if allowed.above is None else low
+    above = allowed.most + 1 if one is int else allowed.most * 2
     return [repr(x) for x in (below, above)] + "nan inf -inf word 1e400 0x10 1,5".split() + [""]
 
 
@@ -104,7 +105,7 @@ def flags(name, extra=()):
     kind, main = program(name)
     for f in fields(kind):
         for text in wrong(f):
-            given = text if f.metadata["place"] else f"{command.flag(f)}={text}"
+            given = text if f.metadata["place"] else f"{bounds.flag(f)}={text}"
             yield Input(f"{name} {given[:60]!r}", lambda given=given: main([*extra, given]))
     for given in ("--nothing", "--nothing=1", "-x", f"--{'x' * 300}"):
         yield Input(f"{name} {given[:60]!r}", lambda given=given: main([*extra, given]))
@@ -129,26 +130,8 @@ ODD = (
     {},
     10**20,
 )
-TINY = dict(
-    hybrid_override_pattern="ME*-",
-    vocab_size=300,
-    hidden_size=16,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=8,
-    n_groups=2,
-    chunk_size=8,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=8,
-    moe_intermediate_size=8,
-    moe_shared_expert_intermediate_size=16,
-    intermediate_size=16,
-)
-CHANGES = ",".join(f"{k}={v}" for k, v in TINY.items())
+TINY = dict(SMALL, hybrid_override_pattern="ME*-", vocab_size=300)
+CHANGES = spelled(**TINY)
 
 
 def released(folder):
@@ -290,7 +273,7 @@ def overrides(folder):
     base = base.split()
     for f in fields(Config):
         for text in wrong(f):
-            if command.fault(f, text) and "," not in text and "\0" not in text and text != "nan":
+            if bounds.fault(f, text) and "," not in text and "\0" not in text and text != "nan":
                 yield Input(
                     f"--model {f.name}={text[:40]}",
                     lambda g=f"{CHANGES},{f.name}={text}": train.cli([*base, g]),

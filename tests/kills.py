@@ -16,8 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+import torch._dynamo  # an optimiser imports it, for a second: once, and not in every fork
+from conftest import same
 
 import checkpoint
+import disk
 import plot
 import train
 from training import safety
@@ -30,17 +33,6 @@ def offered(text):
     """The arguments of the command that a text offers, as a shell would cut it."""
     (line,) = set(re.findall(r"\S*python\S* (\S*train\.py .*?--resume(?: --from-step \d+)?)", text))
     return shlex.split(line)[1:]
-
-
-def same(a, b):
-    """Nested dicts and lists of tensors and numbers, bit for bit."""
-    if torch.is_tensor(a):
-        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def same_end(a, b):
@@ -57,12 +49,12 @@ def same_end(a, b):
 
 def row_without_clock(folder):
     clock = ("seconds", "tokens_per_second")
-    rows = checkpoint.read_log(folder / "log.csv")
+    rows = disk.read_log(folder / "log.csv")
     return [{k: v for k, v in r.items() if k not in clock} for r in rows]
 
 
 def light(folder):
-    checkpoint.write(
+    disk.write(
         folder / "loss.png",
         lambda f: (f.write(b"half"), f.flush(), time.sleep(0.02), f.write(b"whole")),
     )

@@ -205,6 +205,25 @@ def test_what_rotary_positions_cannot_do_is_said():
         Attention(7, 2, 1, 5, rotary_base=10000.0)
 
 
+@pytest.mark.parametrize("first", [0, 7])
+def test_queries_may_have_gaps_in_memory(first):
+    """The CPU's kernel reads a head's numbers as neighbours, wherever they lie."""
+    q, k, v = qkv(10 - first, 10)
+    wide = torch.stack([q, -q], -1).flatten(-2)[..., ::2]
+    assert wide.stride(-1) == 2 and torch.equal(wide, q)
+    with torch.no_grad():
+        assert rms(attend(wide, k, v, first), attend(q, k, v, first)) <= 1e-12
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+@pytest.mark.parametrize("t", [1, 3])
+def test_keys_that_the_queries_cannot_share_are_refused(heads, t):
+    """Of no heads at all torch's kernel makes the end of the process."""
+    q, k = torch.zeros(1, 4, t, 8), torch.zeros(1, heads, t, 8)
+    with pytest.raises(ValueError, match=f"4 heads of queries cannot share {heads} heads of keys"):
+        attend(q, k, k, 0)
+
+
 def test_this_file_can_fail():
     """Two parts of the keys averaged without their sums, or the sums swapped: far from the softmax
     of both.

@@ -37,7 +37,7 @@ from inputs import (
     tried,
 )
 
-import command
+import bounds
 import data
 import decode
 import heal
@@ -110,7 +110,7 @@ def runs(folder):
     replaced = {"name", "out", "steps", "resume", "merge", "stop", "from_step"}  # by flags
     for f in fields(train.Run):
         for x in odd if f.name not in replaced else ():
-            if command.fault(f, x):  # what is allowed would train
+            if bounds.fault(f, x):  # what is allowed would train
                 text = json.dumps(good | dict(run=good["run"] | {f.name: x}))
                 yield Input(f"run.{f.name}={x!r}", lambda t=text: use(config, t, train.cli, resume))
     for text in ("", "{", "[]", '{"run": null}', '{"run": []}', '{"run": {"turbo": 1}}'):
@@ -271,7 +271,9 @@ def calls(g, r, model):
     yield "heal.prompts", lambda: heal.prompts(tokens, r.choice([1, 5]), length, 3), True
     c = Config.preset("toy")
     ranks, ep = r.choice([1, 2, 8]), r.choice([1, 2])
-    plan = budget.Plan(ranks, min(ep, ranks), r.choice([1, 4, 4096]), r.choice([True, False]))
+    plan = budget.Plan(
+        ranks, min(ep, ranks), r.choice([1, 4, 4096]), r.choice(["", "mamba", "all"])
+    )
     yield "budget.reckon", lambda: budget.reckon(plan, c), True
 
 

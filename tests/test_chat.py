@@ -11,6 +11,7 @@ from hypothesis import strategies as some
 
 import chat
 import data
+from post import talks
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests/golden/chat.json").read_text(encoding="utf-8"))
@@ -207,13 +208,13 @@ ASK = dict(role="user", content="hi")
 )
 def test_a_bad_conversation_is_refused_in_a_sentence(messages, match):
     with pytest.raises(ValueError, match=match):
-        chat.check(messages, TOOLS)
+        talks.check(messages, TOOLS)
 
 
 def test_arguments_may_be_json_text_as_the_interface_sends_them():
     call = dict(function=dict(name="add", arguments='{"a": [1, "ü"]}'))
     turn = dict(role="assistant", content=None, tool_calls=[call])
-    chat.check([ASK, turn, ASK, dict(role="assistant", content="x")], TOOLS)
+    talks.check([ASK, turn, ASK, dict(role="assistant", content="x")], TOOLS)
     assert '<parameter=a>\n[1, "ü"]\n</parameter>' in chat.render([ASK, turn])
 
 

@@ -1,7 +1,8 @@
-"""checkpoint.py promises that a kill at any moment loses nothing; here it is killed, flipped and
-cut to see.
+"""disk.py and checkpoint.py promise that a kill at any moment loses nothing; here it is killed,
+flipped and cut to see.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -14,14 +15,18 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 
+import command
+
 import pytest
 import torch
 from conftest import ROOT, rms
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import SMALL, spelled
 
 import checkpoint
 import data
+import disk
 import plot
 import train
 from training.merge import merge_weights
@@ -52,13 +57,12 @@ def names(folder):
 # ---- a kill
 
 # Forks writers that save step after step and report each save that returned; kills them with signal
-# 9, in the middle of
-# things or at a chosen line of checkpoint.write and save; reports what had been saved and what can
-# be read afterwards.
+# 9, in the middle of things or at a chosen line of disk.write and checkpoint.save; reports what had
+# been saved and what can be read afterwards.
 KILLER = """
 import json, os, pathlib, random, signal, sys, time
 sys.path[:0] = sys.argv[1:3]
-import torch, checkpoint
+import torch, checkpoint, disk
 from test_checkpoint import state, whole
 torch.set_num_threads(1)
 r, report = random.Random(0), []
@@ -79,12 +83,12 @@ class Half:                                     # a file that gives up halfway t
         return getattr(self.f, name)
 
 def at(point, size):
-    real = checkpoint.os.replace, torch.save, pathlib.Path.unlink
+    real = disk.os.replace, torch.save, pathlib.Path.unlink
     if point == "before the bytes": torch.save = die
     if point == "half of the bytes": torch.save = lambda state, f: real[1](state, Half(f, 2 * size))
-    if point == "before fsync": checkpoint.os.fsync = die
-    if point == "before rename": checkpoint.os.replace = die
-    if point == "after rename": checkpoint.os.replace = lambda a, b: (real[0](a, b), die())
+    if point == "before fsync": disk.os.fsync = die
+    if point == "before rename": disk.os.replace = die
+    if point == "after rename": disk.os.replace = lambda a, b: (real[0](a, b), die())
     if point == "before removing":
         pathlib.Path.unlink = lambda p, **kw: die() if p.suffix == ".pt" else real[2](p, **kw)
 
@@ -164,29 +168,13 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
 
 
 @forks
+@pytest.mark.slow  # tests/test_lifecycle.py kills at more moments, in forks of a process
 def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "run", lambda folder: None)
-    sizes = dict(
-        hybrid_override_pattern="ME",
-        hidden_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        mamba_num_heads=4,
-        mamba_head_dim=4,
-        ssm_state_size=8,
-        n_groups=2,
-        chunk_size=8,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        moe_latent_size=8,
-        moe_intermediate_size=8,
-        moe_shared_expert_intermediate_size=16,
-    )
     run = train.Run(
         out=str(tmp_path),
         name="a",
-        model=",".join(f"{k}={v}" for k, v in sizes.items()),
+        model=spelled(**SMALL, hybrid_override_pattern="ME"),
         data="copy",
         tokenizer="bytes",
         steps=90,
@@ -197,6 +185,7 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, 
         log_every=1,
         save_every=3,
         prompt="",
+        worth=False,
         threads=1,
         keep=2,
     )
@@ -219,7 +208,7 @@ def test_training_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, 
             "--prompt",
             "",
             *"--steps 90 --batch 4 --length 16 --eval-tokens 16 --keep 2 "
-            "--eval-every 1000 --log-every 1 --save-every 3 --threads 1".split(),
+            "--eval-every 1000 --log-every 1 --save-every 3 --threads 1 --no-worth".split(),
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -260,6 +249,38 @@ def refused(path, match):
     with pytest.raises(ValueError, match=match) as e:
         checkpoint.read(path)
     return str(e.value)
+
+
+FULL = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize(
+    "failure, code",
+    [
+        (MemoryError(), 1),
+        (RuntimeError(FULL), 1),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 1),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_the_machine_cannot_is_no_damage(tmp_path, monkeypatch, failure, code):
+    """It was called damage, and a step back was offered: nothing is wrong with the file."""
+    saved_steps(tmp_path, 3, 6)
+
+    def fails(*args, **how):
+        raise failure
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "load", fails)
+        with pytest.raises(type(failure)) as e:
+            checkpoint.read(tmp_path)
+    assert command.ending(e.value)[0] == code and "damaged" not in command.ending(e.value)[1]
+    with pytest.raises(type(failure)), checkpoint.fitting("it"):
+        fails()
+    assert checkpoint.read(tmp_path)["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -409,7 +430,7 @@ def test_two_are_kept_and_none_is_removed_before_the_new_one_is_whole(tmp_path, 
 
 def test_write_is_all_or_nothing(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write(path, lambda f: f.write(b"old"))
+    disk.write(path, lambda f: f.write(b"old"))
     for error in (ValueError, KeyboardInterrupt):
 
         def fail(f):
@@ -417,10 +438,14 @@ def test_write_is_all_or_nothing(tmp_path):
             raise error
 
         with pytest.raises(error):
-            checkpoint.write(path, fail)
+            disk.write(path, fail)
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    checkpoint.write(path, lambda f: f.write(b"new"))
+    disk.write(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+    for lost in (tmp_path, path / "file", tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError) as e:  # the name that was asked for
+            disk.write(lost, lambda f: f.write(b"new"))
+        assert e.value.filename == str(lost)
 
 
 def test_everything_is_forced_to_the_disk_before_its_name_exists(tmp_path, monkeypatch):
@@ -430,7 +455,7 @@ def test_everything_is_forced_to_the_disk_before_its_name_exists(tmp_path, monke
         monkeypatch.setattr(
             os, name, lambda *a, real=real, name=name: (order.append(name), real(*a))
         )
-    checkpoint.write(tmp_path / "file", lambda f: (f.write(b"x"), order.append("write")))
+    disk.write(tmp_path / "file", lambda f: (f.write(b"x"), order.append("write")))
     assert order == ["write", "fsync", "replace"]
 
 
@@ -464,21 +489,21 @@ cells = st.one_of(st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.j
 def test_a_log_survives_the_disk(tmp_path_factory, table):
     path = tmp_path_factory.mktemp("log") / "log.csv"
     rows = [dict(zip(("step", "train_nats", "val_nats"), r)) for r in table]
-    checkpoint.write_log(path, rows)
-    once = checkpoint.read_log(path)
+    disk.write_log(path, rows)
+    once = disk.read_log(path)
     for got, want in zip(once, rows, strict=True):
         assert got.keys() == want.keys()
         for k, v in want.items():
             assert got[k] == (
                 pytest.approx(v, rel=1e-5) if isinstance(v, float) else v
             )  # six digits
-    checkpoint.write_log(path, once)
-    assert checkpoint.read_log(path) == once  # a run that goes on writes it again, unchanged
+    disk.write_log(path, once)
+    assert disk.read_log(path) == once  # a run that goes on writes it again, unchanged
 
 
 def test_nan_in_a_log(tmp_path):
-    checkpoint.write_log(tmp_path / "log.csv", [dict(a=math.nan, b=-math.inf)])
-    (row,) = checkpoint.read_log(tmp_path / "log.csv")
+    disk.write_log(tmp_path / "log.csv", [dict(a=math.nan, b=-math.inf)])
+    (row,) = disk.read_log(tmp_path / "log.csv")
     assert math.isnan(row["a"]) and row["b"] == -math.inf
 
 
@@ -486,17 +511,17 @@ def test_nan_in_a_log(tmp_path):
 
 
 def test_sources(tmp_path, monkeypatch):
-    found = checkpoint.sources()
+    found = disk.sources()
     assert len(found["sources_sha256"]) == 64 and (found["git"] is None or len(found["git"]) == 40)
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setattr(disk, "__file__", str(tmp_path / "disk.py"))
     (tmp_path / "a.py").write_bytes(b"x = 1")
     (tmp_path / "b.py").write_bytes(b"y = 2")
-    assert checkpoint.sources() == dict(
+    assert disk.sources() == dict(
         sources_sha256=hashlib.sha256(b"x = 1y = 2").hexdigest(), git=None
     )
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))  # a copy of the repository, on a machine without git
-    assert checkpoint.sources()["git"] is None
+    assert disk.sources()["git"] is None
 
 
 # ---- merging

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+
+import command
 
 import pytest
 import torch
 
-import command
-from command import knob
+import bounds
+from bounds import knob
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,12 +65,12 @@ UNFIT = dict(
 def test_a_declaration_says_what_a_field_may_hold(name):
     assert set(FITS) == {f.name for f in fields(Flags)} == set(UNFIT)
     for x in FITS[name]:
-        assert not command.fault(field(name), x), x
+        assert not bounds.fault(field(name), x), x
     for x in UNFIT[name]:
-        why = command.fault(field(name), x)
+        why = bounds.fault(field(name), x)
         assert why and "\n" not in why and len(why) < 200, x
         with pytest.raises(ValueError, match=name):
-            command.check(Flags(**{name: x}))
+            bounds.check(Flags(**{name: x}))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,7 @@ ENDS = [
     (PermissionError(errno.EACCES, "Permission denied", "b"), 2, "Permission denied: b"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "c"), 2, "Is a directory: c"),
     (ImportError("no module x"), 2, "no module x"),
+    (ImportError("no module x", name="x"), 2, "no module x: is it in requirements.txt,"),
     (FloatingPointError("loss nan"), 1, "stopped: loss nan"),
     (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "--steps"),
@@ -156,9 +160,7 @@ command.run(work, Flags, "x.py", "X.")
 
 
 def started(tmp_path, *argv, **env):
-    source = (
-        "from dataclasses import dataclass\nfrom command import knob\n@dataclass(frozen=True)\n"
-    )
+    source = "from dataclasses import dataclass\nfrom bounds import knob\n@dataclass(frozen=True)\n"
     source += "class Flags:\n    steps: int = knob(1, '', least=1, most=9)\n"
     (tmp_path / "tests_flags.py").write_text(source)
     return subprocess.Popen(
@@ -220,9 +222,16 @@ def test_a_number_without_bounds_is_refused_where_it_is_declared(how):
         knob(1, "a number", **how)
 
 
+def test_a_network_that_is_not_there_is_the_machines_fault():
+    """urlopen's error is an OSError without a file: it was exit 2, as if the input were bad."""
+    for e in (URLError("Name or service not known"), HTTPError("x", 404, "Not Found", {}, None)):
+        code, said = command.ending(e)
+        assert code == 1 and said.startswith("stopped: ")
+
+
 def test_this_file_can_fail(monkeypatch):
     """Bounds that hold everything let the table's numbers in."""
-    monkeypatch.setattr(command.Bounds, "hold", lambda self, x: True)
-    assert not command.fault(field("steps"), 0)
+    monkeypatch.setattr(bounds.Bounds, "hold", lambda self, x: True)
+    assert not bounds.fault(field("steps"), 0)
     with pytest.raises(AssertionError):
         test_a_declaration_says_what_a_field_may_hold("steps")

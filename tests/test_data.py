@@ -2,6 +2,7 @@
 
 import hashlib
 import lzma
+import os
 import sys
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 import data
-from data import batch, corpus, describe, encode, entropy_floor, task, tokenizer
+from corpora import download
+from corpora.synthetic import FACTS, TASKS, entropy_floor, task
+from data import batch, corpus, describe, encode, tokenizer
 
 PYTHON, TEXTS, BYTES = (
     corpus("python"),
-    {name: task(name) for name in data.TASKS},
+    {name: task(name) for name in TASKS},
     tokenizer("bytes"),
 )
 
@@ -84,7 +87,7 @@ def test_python_is_here_and_stays_the_same():
     assert "\r" not in PYTHON.train and "def " in PYTHON.val
 
 
-@pytest.mark.parametrize("name", ["python", *data.TASKS])
+@pytest.mark.parametrize("name", ["python", *TASKS])
 def test_val_is_the_last_five_percent(name):
     c = PYTHON if name == "python" else corpus(name)
     n = len(c.train) + len(c.val)
@@ -118,9 +121,9 @@ def test_files_and_folders(tmp_path):
 
 
 def test_nothing_downloads_by_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(download, "DATA", tmp_path / "data")
     monkeypatch.setattr(
-        data.urllib.request, "urlopen", lambda *a, **k: pytest.fail("the network was asked")
+        download.urllib.request, "urlopen", lambda *a, **k: pytest.fail("the network was asked")
     )
     for name in ("shakespeare", "fineweb"):
         with pytest.raises(ValueError, match=f"python data.py --download {name}$"):
@@ -131,22 +134,22 @@ def test_what_is_downloaded_is_checked_before_it_has_a_name(tmp_path, monkeypatc
     web, here, play = tmp_path / "web", tmp_path / "data", b"To be, or not to be\n"
     web.mkdir()
     (web / "input.txt").write_bytes(play)
-    monkeypatch.setattr(data, "DATA", here)
-    monkeypatch.setattr(data, "URLS", dict.fromkeys(data.URLS, web.as_uri() + "/"))
+    monkeypatch.setattr(download, "DATA", here)
+    monkeypatch.setattr(download, "URLS", dict.fromkeys(download.URLS, web.as_uri() + "/"))
     with pytest.raises(ValueError, match="has sha256 .*, not 86c4e6aa9db7"):
-        data.download("shakespeare")
+        download.fetch("shakespeare")
     assert not (here / "shakespeare.txt").exists()
-    monkeypatch.setattr(data, "SHAKESPEARE", hashlib.sha256(play).hexdigest())
-    data.download("shakespeare")
+    monkeypatch.setattr(download, "SHAKESPEARE", hashlib.sha256(play).hexdigest())
+    download.fetch("shakespeare")
     assert corpus("shakespeare").train == "To be, or not to be"
     assert [p.name for p in here.iterdir()] == ["shakespeare.txt"]  # no .part left
 
     llm_c(web / "fineweb_val_000000.bin", range(90))
     (web / "fineweb_train_000001.bin").write_bytes(b"<html>Please sign in </html>")
     with pytest.raises(ValueError, match="000001.bin does not start like a token file"):
-        data.download("fineweb")
+        download.fetch("fineweb")
     llm_c(web / "fineweb_train_000001.bin", range(900))
-    data.download("fineweb")
+    download.fetch("fineweb")
     assert (len(corpus("fineweb").train), len(corpus("fineweb").val)) == (900, 90)
 
 
@@ -203,7 +206,7 @@ def test_floors_are_the_bits_of_the_free_choices():
 def test_facts_are_determined_and_all_told_before_they_are_asked():
     c = corpus("facts")
     assert c.sha256 == "defa2adb474966715871c85ec6a2e4a5d93b4a1ac89a939bb1bf110c66e22258"
-    assert c.sha256 == corpus(f"facts:{data.FACTS}").sha256
+    assert c.sha256 == corpus(f"facts:{FACTS}").sha256
     assert c.size == len(c.train) + len(c.val) == 1_024_000 and len(c.val) == c.size // 20
     told, asked = ({bytes(f[:3]): bytes(f[3:]) for f in x.reshape(-1, 5)} for x in (c.train, c.val))
     assert len(told) == 8192 and asked.items() <= told.items()
@@ -256,6 +259,13 @@ def test_windows_are_spread_evenly_and_on_units():
 IDS = np.arange(5000, dtype=np.uint16)
 
 
+@pytest.mark.parametrize("seed, step", [(0.5, 0), (0, 1.0), ("0", 0)])
+def test_a_seed_and_a_step_are_integers(seed, step):
+    """numpy would take half a seed for none."""
+    with pytest.raises(TypeError, match="integer"):
+        batch(IDS, seed, step, 8, 33)
+
+
 def test_a_batch_is_a_function_of_seed_and_step():
     first = batch(IDS, seed=3, step=5, size=8, length=33)
     np.random.seed(0), torch.manual_seed(0), batch(IDS, 3, 6, 8, 33)  # nothing else moves it
@@ -292,6 +302,25 @@ def test_batch_refusals():
         batch(IDS[:8], 0, 0, 4, 9)
     with pytest.raises(ValueError, match="a batch of 6 sequences does not divide among 4 ranks"):
         batch(IDS, 0, 0, 6, 9, world=4)
+
+
+def test_impossible_batches_and_windows_are_refused():
+    tokens = np.arange(100, dtype=np.uint16)
+    for odd in ((-1, 10), (2, 0), (2, -5), (2, 10, 2, 2), (2, 10, -1, 2), (2, 10, 0, 1, 0)):
+        with pytest.raises(ValueError):
+            data.batch(tokens, 0, 1, *odd)
+    for odd in ((10, 0), (10, -1), (10, 100), (10, 5, 0)):
+        with pytest.raises(ValueError):
+            data.windows(tokens, *odd)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+def test_a_pipe_is_no_corpus(tmp_path):
+    """It has no second time, and a device like /dev/zero no end."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    for spec in (tmp_path / "pipe.txt", tmp_path, tmp_path / "*.txt", "/dev/zero", ""):
+        with pytest.raises(ValueError, match="is no"):
+            data.corpus(str(spec))
 
 
 def test_describe_is_one_line_and_catches_the_wrong_tokenizer(tmp_path):

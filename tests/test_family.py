@@ -20,6 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle_transformers import shake
 from safetensors.torch import load_file
+from tiny import SHARED
 
 import family
 import hf
@@ -146,29 +147,7 @@ def test_the_table_of_any_folder(tmp_path, capsys):
 
 # 2. The fields
 
-TINY = Config(
-    hybrid_override_pattern="M*E-",
-    vocab_size=96,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    mamba_num_heads=8,
-    mamba_head_dim=8,
-    ssm_state_size=16,
-    n_groups=2,
-    chunk_size=8,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=16,
-    moe_intermediate_size=24,
-    moe_shared_expert_intermediate_size=40,
-    routed_scaling_factor=2.5,
-    intermediate_size=56,
-    num_nextn_predict_layers=0,
-    time_step_min=1e-9,  # transformers clamps dt to it, when it reads several tokens
-    eos_token_id=None,
-)
+TINY = Config(**SHARED, hybrid_override_pattern="M*E-", num_nextn_predict_layers=0)
 GIVEN = TINY.to_hf()
 # Every name that transformers' configuration takes, with a value unlike GIVEN's.
 COMPUTED = dict(
@@ -283,11 +262,9 @@ def test_another_name_is_the_same_field_and_may_not_contradict_it(alias):
             Config.from_hf(without | {alias: other})
         return
     assert Config.from_hf(without | {alias: other}) == Config.from_hf(without | {name: other})
-    assert Config.from_hf(without | {name: other, alias: None}) == Config.from_hf(
-        without | {name: other}
-    )
-    with pytest.raises(ValueError, match=f"{alias}=.*contradicts {name}="):
-        Config.from_hf(without | {name: other, alias: GIVEN.get(name, 2)})
+    for one, two in ((other, GIVEN.get(name, 2)), (other, None), (None, other)):
+        with pytest.raises(ValueError, match=f"{alias}=.*contradicts {name}="):
+            Config.from_hf(without | {name: one, alias: two})
 
 
 @pytest.mark.parametrize("letter", family.REQUIRED)
@@ -382,8 +359,21 @@ def ask(dir, configs):
 
 
 @torch.no_grad()
-def compare(world):
-    """Logits there and back, and the largest relative difference of all."""
+def shaken(folder, ids):
+    """How far fp64's own logits move if every weight moves by half a unit of fp32's last place."""
+    model = hf.load(folder, dtype=torch.float64)
+    before, g = model(ids), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.mul_(1 + 2.0**-24 * (2 * torch.rand(p.shape, generator=g, dtype=p.dtype) - 1))
+    return far(model(ids), before)
+
+
+@torch.no_grad()
+def compare(world, undefined=0):
+    """Logits there and back, and the largest relative difference of all: within 1e-5. Of a
+    search's models, `undefined` may norm a group that is nearly zero, so that nobody's fp32 defines
+    their logits to 1e-5: fp64 says which, and then they are within what fp64 itself moves by.
+    """
     worst = 0.0
     for model, ids, answers, dir in world:
         back = hf.load(dir / "ours")
@@ -391,8 +381,12 @@ def compare(world):
         theirs = [answers[f"{dir.name}.ours"]] * 2 + [answers[f"{dir.name}.theirs"]] * 2
         ours = model, back, hf.load(dir / "theirs"), hf.load(dir / "stacked")
         found = [far(m(ids), want) for m, want in zip(ours, theirs)]
-        assert max(found) <= 1e-5, (model.config, found)
-        worst = max(worst, *found)
+        if max(found) > 1e-5:
+            undefined -= 1
+            assert undefined >= 0, (model.config, found)
+            assert max(found) <= shaken(dir / "theirs", ids), (model.config, found)
+        else:
+            worst = max(worst, *found)
     return worst
 
 
@@ -462,7 +456,7 @@ def configs(draw):
 @given(found=st.lists(configs(), min_size=40, max_size=40))
 @settings(max_examples=3, deadline=None, phases=[Phase.generate])
 def test_any_small_member_is_transformers_model(tmp_path_factory, found):
-    print(f"\nlargest difference {compare(ask(tmp_path_factory.mktemp('search'), found)):.1e}")
+    print(f"\nlargest difference {compare(ask(tmp_path_factory.mktemp('search'), found), 1):.1e}")
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 from inputs import CHANGES, PROGRAMS, Input, flags, overrides, program, tried, wrong
 from test_structure import HOUSE, file
 
-import command
+import bounds
 from config import Config
 
 
@@ -25,13 +25,13 @@ def test_every_flag_refuses_what_its_declaration_does_not_allow(name):
 def test_every_field_of_a_config_does_too(f):
     odd = [float("nan"), "a word", None, [], {}, 1.5, -1, True, "false", 10**30]
     for x in odd:
-        if command.fault(f, x):
+        if bounds.fault(f, x):
             with pytest.raises(ValueError, match=f.name):
                 Config(**{f.name: x})
-    assert sum(bool(command.fault(f, x)) for x in odd) >= 4
+    assert sum(bool(bounds.fault(f, x)) for x in odd) >= 4
     for text in wrong(f):
         with pytest.raises(ValueError):
-            command.value(f, text)
+            bounds.value(f, text)
 
 
 def test_model_overrides_are_checked_by_the_same_declarations(tmp_path):
@@ -45,7 +45,7 @@ def test_model_overrides_are_checked_by_the_same_declarations(tmp_path):
 def test_no_field_is_without_bounds():
     for kind in (Config, *(program(name)[0] for name in PROGRAMS)):
         for f in fields(kind):
-            assert "bounds" in f.metadata and not command.fault(f, f.default), (kind, f.name)
+            assert "bounds" in f.metadata and not bounds.fault(f, f.default), (kind, f.name)
 
 
 def test_no_program_reads_flags_by_itself():
@@ -58,7 +58,7 @@ def test_no_program_reads_flags_by_itself():
 
 def test_this_file_can_fail(monkeypatch):
     """Without a check, a bad flag passes; a fault of ours is a traceback; silence is told apart."""
-    monkeypatch.setattr(command, "fault", lambda f, x: "")
+    monkeypatch.setattr(bounds, "fault", lambda f, x: "")
     import model
 
     assert tried(Input("", lambda: model.main(["--context=-5"])))[0] == "silent"

@@ -23,38 +23,15 @@ from conftest import rms
 from oracle_transformers import shake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import SHARED
 
+import census
 import hf
 from config import PRESETS
 from latent_moe import layers
 from model import Config, Nemotron
 
-# transformers clamps dt from below at time_step_min when it reads several tokens (and not when it
-# reads one); neither
-# training nor we do. So low it cannot act, and what is compared is the model. test_the_clamp shows
-# it acting.
-TINY = Config(
-    hybrid_override_pattern="MEM*E",
-    vocab_size=96,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    mamba_num_heads=8,
-    mamba_head_dim=8,
-    ssm_state_size=16,
-    n_groups=2,
-    chunk_size=8,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=16,
-    moe_intermediate_size=24,
-    moe_shared_expert_intermediate_size=40,
-    routed_scaling_factor=2.5,
-    intermediate_size=56,
-    time_step_min=1e-9,
-    eos_token_id=None,
-)
+TINY = Config(**SHARED, hybrid_override_pattern="MEM*E")
 SUPER = Config.preset("super")
 OURS = {"mtp_num_layers", "rotary_base"}  # of Config; transformers knows nothing of them
 CASES = {  # rows, tokens, what differs from TINY
@@ -133,8 +110,8 @@ def edit(dir, change, config=None):
     """Rewrites the single file of a saved model: change(tensors) in place, or what it returns;
     config: new fields.
     """
-    tensors = load_file(dir / hf.SINGLE)
-    save_file(change(tensors) or tensors, dir / hf.SINGLE)
+    tensors = load_file(dir / census.SINGLE)
+    save_file(change(tensors) or tensors, dir / census.SINGLE)
     given = json.loads((dir / "config.json").read_text())
     (dir / "config.json").write_text(json.dumps(given | (config or {})))
 
@@ -359,25 +336,25 @@ def test_the_census_of_super():
         A + "  enorm.weight [4096]  hnorm.weight [4096]  eh_proj.weight [4096,8192]",
     )
     want |= table("mtp.layers.1.", E + "  final_layernorm.weight [4096]")
-    got = hf.census(SUPER)
+    got = census.census(SUPER)
     assert len(got) == len(want) == 42_683
     assert got == want
     assert sum(map(math.prod, got.values())) == 123_611_033_088
 
 
 def test_other_layouts():
-    small = hf.census(
+    small = census.census(
         replace(TINY, hybrid_override_pattern="M-*E", moe_latent_size=None, use_conv_bias=False)
     )
     assert small["backbone.layers.1.mixer.up_proj.weight"] == (56, 32)
     assert small["backbone.layers.3.mixer.experts.7.down_proj.weight"] == (32, 24)
     assert not [name for name in small if "latent" in name or "conv1d.bias" in name]
-    nano = hf.census(Config.preset("nano"))
+    nano = census.census(Config.preset("nano"))
     assert (
         not [name for name in nano if name.startswith("mtp.")]
         and len(nano) == 23 * 9 + 23 * (5 + 256) + 6 * 5 + 3
     )
-    two = hf.census(replace(TINY, num_nextn_predict_layers=2))
+    two = census.census(replace(TINY, num_nextn_predict_layers=2))
     assert {n.split(".")[2] for n in two if n.startswith("mtp.")} == set("0123")
 
 
@@ -402,20 +379,22 @@ def test_save_and_load_bit_for_bit(kw, tmp_path):
         again = hf.load(dir)
         assert same(again, model) and again.config == model.config and not again.training
         assert all(not moe.load.any() for moe in layers(again))
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", hf.SINGLE]
-    with safe_open(tmp_path / "one" / hf.SINGLE, "pt") as f:
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", census.SINGLE]
+    with safe_open(tmp_path / "one" / census.SINGLE, "pt") as f:
         assert f.metadata() == {"format": "pt"}
-        assert {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()} == hf.census(model.config)
+        assert {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()} == census.census(
+            model.config
+        )
 
 
 def test_shards(tmp_path):
     model = build()
     hf.save(model, tmp_path, shard_bytes=20_000)
-    index = json.loads((tmp_path / hf.INDEX).read_text())
+    index = json.loads((tmp_path / census.INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    assert set(index["weight_map"]) == set(hf.census(model.config))
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in hf.places(model).values())
+    assert set(index["weight_map"]) == set(census.census(model.config))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in census.places(model).values())
     for shard in shards:
         tensors = load_file(tmp_path / shard)
         assert sum(t.nbytes for t in tensors.values()) <= 20_000 or len(tensors) == 1
@@ -463,8 +442,12 @@ def test_both_spellings(saved, tmp_path):
     for _i, change in enumerate((stack, rename)):
         edit(saved, change)
         assert same(hf.load(saved), model)
-    assert [n for n in load_file(saved / hf.SINGLE) if n.startswith("model.")]
-    assert load_file(saved / hf.SINGLE)["mtp.layers.1.mixer.experts.up_proj"].shape == (8, 24, 16)
+    assert [n for n in load_file(saved / census.SINGLE) if n.startswith("model.")]
+    assert load_file(saved / census.SINGLE)["mtp.layers.1.mixer.experts.up_proj"].shape == (
+        8,
+        24,
+        16,
+    )
     edit(
         saved,
         lambda t: {n.replace("model.layers.0.", "backbone.layers.0."): v for n, v in t.items()},
@@ -482,18 +465,19 @@ def test_a_save_replaces_only_when_told(saved, monkeypatch):
         calls.append(args)
         if len(calls) == 3:
             raise OSError("No space left on device")
-        save_file(*args)
+        store(*args)
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    store = hf.ondisk.store
+    monkeypatch.setattr(hf.ondisk, "store", full_disk)
     with pytest.raises(OSError, match="No space"):
         hf.save(new, saved, shard_bytes=20_000, overwrite=True)
-    assert sorted(p.name for p in saved.iterdir()) == ["config.json", hf.SINGLE] and same(
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", census.SINGLE] and same(
         hf.load(saved), old
     )
     hf.save(new, saved, shard_bytes=20_000, overwrite=True)
-    assert not (saved / hf.SINGLE).exists() and same(hf.load(saved), new)
+    assert not (saved / census.SINGLE).exists() and same(hf.load(saved), new)
     hf.save(old, saved, overwrite=True)
-    assert sorted(p.name for p in saved.iterdir()) == ["config.json", hf.SINGLE] and same(
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", census.SINGLE] and same(
         hf.load(saved), old
     )
 
@@ -618,21 +602,21 @@ def test_damaged_files_are_named(saved, tmp_path):
             all(word in str(e.value) for word in words) and len(str(e.value).splitlines()) == 1
         ), e.value
 
-    data = (saved / hf.SINGLE).read_bytes()
+    data = (saved / census.SINGLE).read_bytes()
     pointer = (
         b"version https://git-lfs.github.com/spec/v1\n"  # what a clone without LFS leaves there
     )
     for part in (data[:-1], data[: len(data) // 2], data[:100], data[:5], b"", pointer):
-        (saved / hf.SINGLE).write_bytes(part)
-        says(str(saved / hf.SINGLE), "truncated")
-    (saved / hf.SINGLE).unlink()
-    says(str(saved / hf.SINGLE), "missing")
+        (saved / census.SINGLE).write_bytes(part)
+        says(str(saved / census.SINGLE), "truncated")
+    (saved / census.SINGLE).unlink()
+    says(str(saved / census.SINGLE), "missing")
     shutil.rmtree(saved)
     hf.save(build(), saved, shard_bytes=20_000)
     next(p for p in sorted(saved.iterdir()) if "00003-of" in p.name).unlink()
     says("00003-of", "missing")
-    (saved / hf.INDEX).write_text("{")
-    says(str(saved / hf.INDEX), "no JSON")
+    (saved / census.INDEX).write_text("{")
+    says(str(saved / census.INDEX), "no JSON")
     (saved / "config.json").write_text("[1]")
     says(str(saved / "config.json"))
     (saved / "config.json").unlink()
@@ -711,20 +695,21 @@ def test_config_there_and_back(name):
 
 HOG = """
 import json, re, sys, torch
+import census
 import hf
 from safetensors.torch import load_file
 status = lambda: open("/proc/self/status").read()
 peak = lambda what: int(re.search(what + r":\\s+(\\d+)", status())[1]) * 1024
 old, new = sys.argv[1:]
-hf.census(hf.Config.preset("toy")), torch.ones(1000).to(torch.bfloat16)
+census.census(hf.Config.preset("toy")), torch.ones(1000).to(torch.bfloat16)
 out = [peak("VmHWM")]
 model = hf.load(old)
 out.append(peak("VmHWM"))
 hf.save(model, new, shard_bytes=5e7)
 out.append(peak("VmHWM"))
 tensors = load_file(old + "/model.safetensors")                              # the way not to do it
-mine = model.state_dict()
-model.load_state_dict(mine | {n: t + 0 for n, t in tensors.items() if n in mine})
+mine, copies = model.state_dict(), {n: t + 0 for n, t in tensors.items()}
+model.load_state_dict(mine | {n: t for n, t in copies.items() if n in mine})
 out.append(peak("VmHWM"))
 print(json.dumps(out))
 """
@@ -819,7 +804,7 @@ def test_the_comparison_of_speeds_runs(world):
     """
     peers = Path(hf.__file__).parent / "ablations/peers.py"
     run = subprocess.run(
-        [sys.executable, peers, "--rounds", "1", "--no-compile"],
+        [sys.executable, peers, "--rounds", "1", "--no-compile", "--threads", "1"],
         capture_output=True,
         text=True,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(HF_HUB_OFFLINE="1"),
@@ -828,13 +813,16 @@ def test_the_comparison_of_speeds_runs(world):
     rows = {
         name: [float(x.replace(",", "")) for x in numbers]
         for name, *numbers in re.findall(
-            r"^(\w.*?)  +([\d,]+) +([\d.]+)x +([\d,]+) +([\d.]+)x$", run.stdout, re.M
+            r"^(\w.*?)  +([\d,]+) +([\d.]+)x \(.*?\) +([\d,]+) +([\d.]+)x \(.*?\) *$",
+            run.stdout,
+            re.M,
         )
     }
-    assert len(rows) == 3 and "ours" in rows, run.stdout
+    assert len(rows) == 4 and "ours" in rows, run.stdout
     for i in (0, 2):
-        best = max(numbers[i] for name, numbers in rows.items() if name != "ours")
-        assert all(abs(numbers[i + 1] - numbers[i] / best) < 0.02 for numbers in rows.values()), (
-            run.stdout
-        )
+        # Both speeds are printed to the whole token, so their ratio is known to within an interval.
+        best = max(numbers[i] for name, numbers in rows.items() if "transformers" in name)
+        for numbers in rows.values():
+            least, most = (numbers[i] - 0.5) / (best + 0.5), (numbers[i] + 0.5) / (best - 0.5)
+            assert least - 0.0051 < numbers[i + 1] < most + 0.0051, run.stdout
     assert "products of a step: 41." in run.stdout

@@ -313,19 +313,25 @@ def test_projections_run_once_and_in_the_latent():
 
 
 def test_the_exchange_seam():
-    """Tokens leave as (rows sorted by expert, how many for each), and must come back in that
-    order.
+    """Tokens leave as (all of them, whose turn it is by expert, how many for each), and what `meet`
+    makes of them must come back in that order: here from two machines, of four experts each.
     """
     moe, u = build(experts=8, k=3), tokens(2, 5)
-    want, calls = moe(u), []
+    want, calls, e = moe(u), [], moe.experts
 
-    def there(rows, count):
+    def there(c, token, count):
+        rows = c[token]
         calls.append((rows.shape, count.tolist()))
-        return rows, count, lambda out: calls.append(out.shape) or out
+        parts = rows.split([int(count[:4].sum()), int(count[4:].sum())])
+        made = [
+            e.meet(x, count[i : i + 4], e.up_proj[i : i + 4], e.down_proj[i : i + 4])
+            for i, x in zip((0, 4), parts)
+        ]
+        return torch.cat(made)
 
-    moe.experts.exchange = there
-    assert torch.equal(moe(u), want)
-    assert calls[0][0] == (30, 4) and sum(calls[0][1]) == 30 and calls[1] == (30, 4)
+    e.exchange = there
+    torch.testing.assert_close(moe(u), want)
+    assert calls[0][0] == (30, 4) and sum(calls[0][1]) == 30 and len(calls) == 1
 
 
 def test_load_counts_every_choice_since_the_last_update():

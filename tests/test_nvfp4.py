@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import four_bits
 import latent_moe
 import nvfp4
 import train
@@ -349,6 +350,15 @@ def test_stacked_experts_are_separate_linears(recipe):
                 assert rms(got, want) < 1e-6
 
 
+@pytest.mark.parametrize("element", ["mxfp4", "mxfp8"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_mx_hides_no_number_that_is_not_finite(element, bad):
+    x = torch.randn(2, 64)
+    x[1, 40] = bad
+    rows = nvfp4.mx(x, (1, 32), element).reshape(2, 2, 32)
+    assert rows[1, 1].isnan().any() and rows[0].isfinite().all() and rows[1, 0].isfinite().all()
+
+
 def test_mx_formats_are_ocps():
     """Blocks of 32 share a power of two: floor for four bits, so 6/4 of the largest may saturate;
     ceil for eight.
@@ -498,11 +508,43 @@ def toy(tmp_path, name, **more):
         eval_tokens=256,
         log_every=1,
         prompt="",
+        worth=False,
         device="cpu",
         **{"steps": 8, **more},
     )
     model, rows = train.fit(run, say=lines.append)
     return model.state_dict(), rows, "\n".join(lines)
+
+
+def test_random_bytes_belong_to_their_place():
+    """A row's bytes are the same whoever draws it; another step, piece, matrix, operand or row has
+    others; and all 256 come equally often."""
+    noise, rows = lowbit.Noise(), torch.arange(4096)
+
+    def bytes_of(matrix="a", operand="dgrad dy", rows=rows, columns=32, **now):
+        vars(noise).update(dict(step=3, place=0, pieces=2, piece=0) | now)
+        return noise.at(matrix, rows)(operand, columns)
+
+    x = bytes_of()
+    assert torch.equal(bytes_of(rows=rows[70:90]), x[70:90])
+    assert torch.equal(bytes_of(place=1), bytes_of(piece=2)) and x.dtype == torch.uint8
+    assert torch.equal(bytes_of(columns=16), x[:, :16])
+    others = [
+        bytes_of(step=4),
+        bytes_of(piece=1),
+        bytes_of(matrix="b"),
+        bytes_of(operand="wgrad dy"),
+        bytes_of(rows=rows + 4096),
+        x.roll(1, 1),
+        x.roll(1, 0),
+    ]
+    for y in others:
+        assert abs(float((x == y).double().mean()) * 256 - 1) < 0.1
+    each = x.flatten().long().bincount(minlength=256).double()
+    assert float(((each - 512) ** 2 / 512).sum()) < 340  # chi squared of 255: 1 in 4,000 above
+    later = noise.at("a", rows[:4])
+    noise.piece = 1
+    assert torch.equal(later("dgrad dy", 32), bytes_of(rows=rows[:4], **dict(piece=0)))
 
 
 def test_training_resumes_and_changes_precision(tmp_path):
@@ -532,9 +574,9 @@ def test_training_resumes_and_changes_precision(tmp_path):
         toy(tmp_path, "d", precision="int4")
 
 
-def test_the_file_runs_by_itself(tmp_path, monkeypatch, capsys):
+def test_the_errors_are_in_their_windows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    nvfp4.main()
+    four_bits.main()
     text = capsys.readouterr().out
     assert (tmp_path / "runs" / "nvfp4.png").stat().st_size > 10_000
     for line in text.splitlines():

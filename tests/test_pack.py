@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from tiny import SMALL
 
 import data
 import mamba
@@ -16,32 +17,13 @@ from scale.parallel import World
 from training.settings import Run, check
 from training.world import Alone
 
-SMALL = Config(
-    hybrid_override_pattern="MEM*EM-*E",
-    vocab_size=64,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    mamba_num_heads=8,
-    mamba_head_dim=4,
-    ssm_state_size=4,
-    n_groups=2,
-    chunk_size=8,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=16,
-    moe_intermediate_size=16,
-    moe_shared_expert_intermediate_size=32,
-    intermediate_size=48,
-    initializer_range=0.3,
-)
+CONFIG = Config(hybrid_override_pattern="MEM*EM-*E", vocab_size=64, initializer_range=0.3, **SMALL)
 LENGTHS = (1, 2, 3, 1, 5, 8, 13, 34, 21, 9, 4, 30, 1, 40)
 WEIGHTS = (1.0, 0.15, 0.15)
 
 
 def built(slow=False, blocks=1, dtype=torch.float64):
-    config = Config(**{**vars(SMALL), "num_nextn_predict_layers": blocks})
+    config = Config(**{**vars(CONFIG), "num_nextn_predict_layers": blocks})
     model = Nemotron(config).to(dtype)
     for m in model.modules():
         if slow and isinstance(m, mamba.Mamba2):  # a token fades the state by a per cent or so

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attention
+import census
 import hf
 import sample
 from model import Config, Nemotron
@@ -136,7 +137,7 @@ def test_load_save_load_is_the_same(name, tmp_path):
         small = [n for n in got if got[n].dtype != want[n].dtype]
         assert all(n.endswith(hf.SMALL) for n in small)  # kept in fp32 here, as in training
         assert all(torch.equal(raw(got[n].to(want[n].dtype)), raw(want[n])) for n in got)
-        a, b = (hf.survey(d) for d in (GOLDEN / name, tmp_path / str(lazy)))
+        a, b = (census.survey(d) for d in (GOLDEN / name, tmp_path / str(lazy)))
         assert (a.plan, a.kv) == (b.plan, b.kv)
     said = json.loads((tmp_path / "True" / "hf_quant_config.json").read_text())["quantization"]
     cache = "FP8" if a.kv else None
@@ -145,23 +146,23 @@ def test_load_save_load_is_the_same(name, tmp_path):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_both_spellings_of_the_json_give_one_plan(name, tmp_path):
-    want = hf.survey(GOLDEN / name).plan
+    want = census.survey(GOLDEN / name).plan
     out = changed(tmp_path, name)
     for file in ("config", "hf_quant_config"):
         shutil.copy(GOLDEN / f"{name}.modelopt_{file}.json", out / f"{file}.json")
-    assert hf.survey(out).plan == want
+    assert census.survey(out).plan == want
     given = json.loads((out / "config.json").read_text())
     del given["quantization_config"]  # then the other file speaks
     (out / "config.json").write_text(json.dumps(given))
-    assert hf.survey(out).plan == want
+    assert census.survey(out).plan == want
 
 
 def test_the_released_map():
     plan, kv = ondisk.super_map(TOP.hybrid_override_pattern)
-    names = hf.census(TOP, plan, kv)
+    names = census.census(TOP, plan, kv)
     assert len(names) == 165_860
-    place = hf.places(hf.blank(TOP, plan, kv))
-    assert sum(t.numel() * hf.stored(n, t).itemsize for n, t in place.items()) == 80_297_329_824
+    place = census.places(census.blank(TOP, plan, kv))
+    assert sum(t.numel() * census.stored(n, t).itemsize for n, t in place.items()) == 80_297_329_824
     inside, _ = ondisk.quantization_config(plan, kv, TOP.n_routed_experts)
     kinds = [v["quant_algo"] for v in inside["quantized_layers"].values()]
     assert (len(kinds), kinds.count("FP8"), kinds.count("NVFP4")) == (41_100, 139, 40_961)
@@ -181,7 +182,7 @@ def test_keys_and_values_are_kept_in_codes():
     model(ref["ids"], cache)
     kv = next(x for x in cache.layers if isinstance(x, attention.KV))
     assert kv.k.dtype == kv.v.dtype == torch.uint8
-    for name in hf.survey(GOLDEN / "mixed").kv:
+    for name in census.survey(GOLDEN / "mixed").kv:
         model.get_submodule(name).k_proj.k_scale.fill_(0.01)  # saturates
         model.get_submodule(name).v_proj.v_scale.fill_(0.01)
     low = model(ref["ids"], model.new_cache(1))

@@ -1,5 +1,5 @@
-"""What the pages say: every command, flag, number, link and call of README.md, CONTRIBUTING.md and
-docs/*.md is the code's.
+"""What the pages say: every command, flag, number, link and call of README.md, CONTRIBUTING.md,
+docs/*.md and notebooks/*.md is the code's.
 """
 
 import ast
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+    + sorted(ROOT.glob("notebooks/*.md"))
 }
 LONG = re.compile(r"\b\d{2,3}(?:,\d{3}){2,}\b|\b\d(?:,\d{3}){3,}\b")  # 10,000,000 and more
 
@@ -52,10 +53,16 @@ def commands(text):
                 continue
             words = words[1:]
             if words[0] == "-m":
-                words[1:2] = [words[1].replace(".", "/") + ".py"]
+                words[1:2] = [place(words[1])]
             at = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
             if at is not None and words[at] != "pytest.py":
                 yield Command(words[at], tuple(words[at + 1 :]))
+
+
+def place(module):
+    """The file that `python -m module` runs."""
+    path = module.replace(".", "/")
+    return path + ("/__main__.py" if (ROOT / path).is_dir() else ".py")
 
 
 def links(text):
@@ -72,9 +79,13 @@ def anchors(text):
 
 
 def help_of(script, monkeypatch, capsys):
-    """What -h prints. A file of ablations/ or tests/ is read instead."""
+    """What -h prints. A file of ablations/ or tests/ is read instead, and the lab, whose flags a
+    figure has.
+    """
     if "/" in script:
-        return (ROOT / script).read_text(encoding="utf-8")
+        lab = "ablations/lab.py" if script.startswith("ablations/fig_") else script
+        text = "".join((ROOT / path).read_text(encoding="utf-8") for path in (script, lab))
+        return " --".join([text, *re.findall(r"^    (\w+): .*= knob\(", text, re.M)])
     module = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", [script, "-h"])
     with pytest.raises(SystemExit):
@@ -107,7 +118,7 @@ def rows_of_ranks(text):
         cells = [cell.strip() for cell in line.split("|")[1:5]]
         one, two = (
             budget.reckon(budget.Plan(int(cells[0]), 8, 8192, again), config)
-            for again in (False, True)
+            for again in ("", "all")
         )
         want = [f"{one['parameters']:,}", *(f"{x['peak'] / 1e9:.1f}" for x in (one, two))]
         wrong += [line] * (cells[1:] != want)
@@ -133,26 +144,27 @@ def sizes():
 
 def released_bytes():
     """Of Super-NVFP4, and the weights that its search was about."""
+    import census
     import hf
     from quant import calibrate, ondisk
 
     config = hf.Config.preset("super")
     plan, kv = ondisk.super_map(config.hybrid_override_pattern)
-    place = hf.places(hf.blank(config, plan, kv))
-    searched, model = 0, hf.blank(config)
+    place = census.places(census.blank(config, plan, kv))
+    searched, model = 0, census.blank(config)
     for i, block in enumerate(model.backbone.layers):
         for names in calibrate.of_block(block, str(i)).values():
             found = calibrate.matrices(block, str(i), names)
             searched += sum(w.numel() for w in found.values())
-    return {sum(t.numel() * hf.stored(n, t).itemsize for n, t in place.items()), searched}
+    return {sum(t.numel() * census.stored(n, t).itemsize for n, t in place.items()), searched}
 
 
 def last_scores(kind):
     """Validation bits per byte at the end of the receipts' seeds."""
-    import checkpoint
+    import disk
 
     logs = sorted(ROOT.glob(f"receipts/{kind}-[0-9]*/log.csv"))
-    return [checkpoint.read_log(log)[-1]["val_bpb"] for log in logs]
+    return [disk.read_log(log)[-1]["val_bpb"] for log in logs]
 
 
 def wrong_scores(text):
@@ -218,8 +230,9 @@ def test_training_commands_are_runs(monkeypatch):
     for name in ("fit", "merge"):
         monkeypatch.setattr(train, name, lambda run, say: runs.append(run))
     monkeypatch.setattr("scale.dryrun.predict", lambda run, *rest: runs.append(run))
+    monkeypatch.setattr("scale.plan.show", lambda run, *rest: runs.append(run))
     monkeypatch.setattr(Path, "is_file", lambda path: True)  # --resume and --merge find a run
-    monkeypatch.setattr(Path, "read_text", lambda path, **kw: json.dumps(dict(run=own)))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: json.dumps(dict(run=own)).encode())
     lines = [
         c.args
         for text in PAGES.values()
@@ -263,13 +276,13 @@ def test_the_python_of_the_pages_exists():
 
 
 def test_the_numbers_are_the_code():
-    import hf
+    import census
     from config import Config
 
     must, may = sizes()
     readme = PAGES["README.md"]
     assert not {n for n in must if n not in readme}
-    assert f"{len(hf.census(Config.preset('super'))):,}" in readme
+    assert f"{len(census.census(Config.preset('super'))):,}" in readme
     for page, text in PAGES.items():
         wrong, ranks = rows_of_ranks(text)
         assert not wrong

@@ -2,6 +2,7 @@
 predictions.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -16,16 +17,18 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 
+import exact
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tiny import SMALL, spelled
 
 import checkpoint
 import data
+import disk
 import hf
 import mtp
 import train
@@ -42,63 +45,41 @@ ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
-MODEL = (
-    "hybrid_override_pattern=M*E,hidden_size=16,num_attention_heads=2,num_key_value_heads=1,head_dim=8,mamba_num_heads=4,"
-    "mamba_head_dim=4,ssm_state_size=8,n_groups=2,chunk_size=8,n_routed_experts=8,num_experts_per_tok=3,moe_latent_size=8,"
-    "moe_intermediate_size=8,moe_shared_expert_intermediate_size=16"
-)
+MODEL = spelled(**SMALL, hybrid_override_pattern="M*E")
+EXACT = "tests/exact.py"
 RUN = [
     "--model",
     MODEL,
-    "--data",
-    "copy",
-    "--tokenizer",
-    "bytes",
-    "--steps",
-    "6",
-    "--batch",
-    "4",
-    "--length",
-    "16",
-    "--eval-tokens",
-    "96",
-    "--eval-every",
-    "6",
-    "--log-every",
-    "1",
-    "--save-every",
-    "2",
-    "--prompt=",
+    *"--data copy --tokenizer bytes --steps 6 --batch 4 --length 16 --eval-tokens 96".split(),
+    *"--eval-every 6 --log-every 1 --save-every 2 --prompt=".split(),
 ]
 
 
-def torchrun(n, *args, restarts=0, check=True):
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        n,
-        "--max-restarts",
-        restarts,
-        *args,
-    ]
+def launched(n, restarts, *args):
+    """What torchrun is, for n processes that are started over so many times."""
+    run = "-W ignore -m torch.distributed.run --standalone --nproc-per-node".split()
+    return [*map(str, (sys.executable, *run, n, "--max-restarts", restarts, *args))]
+
+
+def torchrun(n, *args, restarts=0, check=True, **env):
     done = subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600
+        launched(n, restarts, *args),
+        cwd=ROOT,
+        env={**ENV, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def ranks(n, *cases):
+def ranks(n, *cases, **env):
     """What tests/ranks.py finds. On a busy machine a worker dies now and then of a damaged heap
     ("malloc(): unaligned tcache chunk"): one of gloo's threads and the main one own the same piece
     of memory. Nothing here is compiled. Then torchrun starts all of them over, and a warning says
     so."""
-    lines = torchrun(n, "tests/ranks.py", *cases, restarts=2).stdout.splitlines()
+    lines = torchrun(n, "tests/ranks.py", *cases, restarts=2, **env).stdout.splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     if again := max(r.pop("restarts") for r in found):
         warnings.warn(f"a worker died, and all {n} were started over, {again} times", stacklevel=2)
@@ -109,13 +90,19 @@ def same(r):
     return r["first"] < 1e-5 and r["loss"] < 1e-5 and r["grad"] < 1e-5 and r["end"] < 1e-5
 
 
+GRIDS = {  # ep, cp
+    2: [(1, 1), (1, 2), (2, 1), (2, 2)],
+    4: [(1, 4), (4, 1), (2, 2), (2, 4), (4, 2), (4, 4)],
+}
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_ranks_are_one(n):
     """ep,cp,skew,recompute: loss, every gradient and five steps, MTP on. skew: all tokens go to two
-    experts.
+    experts. Four ranks try the grids that two have not.
     """
-    grids = product([k for k in (1, 2, 4) if k <= n], repeat=2)
-    cases = [f"{ep},{cp},{i % 2},{i // 2 % 2}," for i, (ep, cp) in enumerate(grids)]
+    again = "0", "0", "1", "mamba+logits"
+    cases = [f"{ep},{cp},{i % 2},{again[i % 4]}," for i, (ep, cp) in enumerate(GRIDS[n])]
     found = ranks(n, *cases)
     assert set(found) == set(cases) and all(map(same, found.values())), found
 
@@ -126,6 +113,65 @@ def test_a_worker_that_dies_is_noticed():
     """
     with pytest.warns(UserWarning, match="all 2 were started over, 1 times"):
         assert same(ranks(2, "2,1,0,0,abort")["2,1,0,0,abort"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+def test_ranks_with_kernels_are_one():
+    """--fast on every rank, against the readable forms of one process: experts after the exchange,
+    the recurrence and the convolution on slices, the loss at the gathered head.
+    """
+    case = "2,2,1,0,fast"  # one rank's experts have no row
+    found = ranks(2, case, TRITON_INTERPRET="1")[case]
+    assert same(found) and found["rows"][0] > found["rows"][1] == 0, found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+def test_ranks_with_kernels_in_four_bits_are_one():
+    """--fast --precision nvfp4: products from codes on every rank's experts and slices, against the
+    emulation of one process.
+    """
+    case = "2,2,0,0,nvfp4:fast"
+    found = ranks(2, case, TRITON_INTERPRET="1")[case]
+    other, rows, _, _ = found["codes"]
+    assert other <= 3 and rows > 1000, found
+    assert other or found["loss"] < 1e-6 and found["grad"] < 1e-5, found
+
+
+@pytest.mark.slow
+def test_gradients_summed_in_bf16():
+    """--reduce bf16: matrices' alone; a gradient is off by what 8 bits leave, and no more."""
+    found = ranks(2, "2,1,0,0,reduce")["2,1,0,0,reduce"]
+    assert found["summed"] == ["torch.bfloat16", "torch.float32"]
+    assert 1e-4 < found["grad"] < 4e-3 and found["loss"] < 1e-2, found
+
+
+def alike_in_four_bits(r):
+    """Every code, and losses and norm to 1e-6."""
+    other, rows, later, _ = r["codes"]
+    return other == later == 0 and rows > 10000 and same(r) and r["loss"] < 1e-6
+
+
+@pytest.mark.slow
+def test_ranks_in_four_bits_are_one():
+    """FSDP, experts, slices: the codes and block scales of every operand of every product. On two,
+    one of them without a token, a rank's experts have rows of two pieces."""
+    case = "2,2,0,0,nvfp4"
+    found = ranks(4, case)[case]
+    assert alike_in_four_bits(found), found
+    two = ranks(2, "2,1,1,0,nvfp4", "1,1,0,1,mxfp4")
+    assert all(map(alike_in_four_bits, two.values())) and len(two) == 2, two
+
+
+@pytest.mark.slow
+def test_what_four_bits_need_of_other_ranks_can_fail():
+    """Without the largest number of all slices, the rows' own random bytes, or pieces apart; and an
+    --ep below --cp, which is known to be another rounding: about as far as other bytes."""
+    broken = ["2,2,0,0,nvfp4:largest", "2,2,0,0,nvfp4:numbers", "2,1,0,0,nvfp4:parts"]
+    found = ranks(2, *broken, "1,2,0,0,nvfp4")
+    assert len(found) == 4 and all(r["codes"][0] > 1000 < r["codes"][1] for r in found.values())
+    assert found["1,2,0,0,nvfp4"]["grad"] < 1.5 * found["2,2,0,0,nvfp4:numbers"]["grad"], found
 
 
 @pytest.mark.slow
@@ -142,16 +188,14 @@ def test_ranks_with_uneven_counts_are_one():
 
 @pytest.mark.slow
 def test_ranks_in_bf16_are_one_in_bf16():
-    """Nearer to one process under autocast than that is to fp32; weights, summed gradients,
-    moments: fp32.
+    """Four times nearer to one process under autocast than that is to fp32; weights, summed
+    gradients, moments: fp32.
     """
     case, narrow = "2,2,0,1,bf16", "2,1,0,0,narrow"
     found = ranks(2, case, narrow)
     r, wide = found[case], ["torch.float32"]
-    assert (
-        all(10 * r[k] < r["rounding"][k] for k in ("first", "loss", "grad"))
-        and 2 * r["end"] < r["rounding"]["end"]
-    ), r
+    # By how much depends on the CPU: its products round slices otherwise than whole sequences.
+    assert all(4 * r[k] < r["rounding"][k] for k in ("first", "loss", "grad", "end")), r
     assert r["weights"] == r["gradients"] == r["moments"] == r["summed"] == wide
     assert r["gathered"] == [
         "torch.bfloat16",
@@ -169,8 +213,29 @@ def test_this_file_can_fail():
     assert len(found) == len(broken) and not any(map(same, found.values())), found
 
 
+@pytest.mark.slow
+def test_four_bits_go_on_on_other_ranks(tmp_path):
+    """4 ranks, ep 2 x cp 2, then 2 of other grids, against one process that does it all."""
+    model = spelled(**SMALL, hybrid_override_pattern="ME*EM")
+    four = ["--precision", "nvfp4", "--micro", 1, "--length", 64, "--model", model]
+    flags = [*RUN, *four, "--lr", 1e-3, "--lr-min", 1e-4, "--out", tmp_path]
+    torchrun(4, EXACT, *flags, "--name", "many", "--ep", 2, "--cp", 2, "--stop", 2)
+    again = "--resume", "--name", "many", "--out", tmp_path
+    torchrun(2, EXACT, *again, "--ep", 1, "--cp", 1)
+    with exact.arithmetic():
+        train.cli([*map(str, flags), "--name", "one", "--no-worth", "--threads", "1"])
+    one, many = log(tmp_path / "one"), log(tmp_path / "many")
+    assert set(many) == set(one) and max(off(many, one)) < 1e-6, off(many, one)
+
+
 def log(folder):
-    return {r["step"]: r for r in checkpoint.read_log(folder / "log.csv")}
+    return {r["step"]: r for r in disk.read_log(folder / "log.csv")}
+
+
+def off(a, b):
+    """How far the losses of a are from those of b, by step, relative."""
+    names = "train_nats", "mtp1_nats", "mtp2_nats"
+    return [max(abs(a[s][k] / b[s][k] - 1) for k in names) for s in b]
 
 
 def alike(a, b):
@@ -247,9 +312,10 @@ def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
             torch.randint(40, (500,)).numpy(),
         )
         work, world.cast = pretrain.Text(), nullcontext
-        work.run, work.train, work.depths = run, text, 2
+        work.run, work.train, work.depths, work.files = run, text, 2, None
+        work.corpus = data.Corpus("numbers", text, text, len(text), "")
         for step, t in ((1, 16), (2, 8), (3, 16)):
-            nats, _, _ = train.gradient(model, work.batch(step, world), run, world)
+            *nats, _, _ = train.gradient(model, work.batch(step, world), run, world).tolist()
             model.zero_grad()
             ids = data.batch(text, run.seed, step, run.batch, t + 1)
             with torch.no_grad():
@@ -296,16 +362,32 @@ def test_a_stage_that_alternates_counts_its_tokens(tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_of_several_documents_are_one_process_s_on_two_ranks(tmp_path):
+    """--documents: windows cut at file ends, here of five files of which some are a few words."""
+    for i, words in enumerate((3, 400, 9, 700, 40)):
+        (tmp_path / f"{i}.txt").write_text(" ".join(str(i * 1000 + n) for n in range(words)))
+    flags = [*RUN, "--data", tmp_path, "--documents", "--save-every", 6, "--out", tmp_path / "runs"]
+    torchrun(1, "train.py", *flags, "--name", "one")
+    torchrun(2, "train.py", *flags, "--name", "two")
+    done = [sys.executable, "train.py", *flags, "--name", "alone"]
+    subprocess.run([*map(str, done)], cwd=ROOT, env=ENV, check=True, timeout=300)
+    one, two, alone = (log(tmp_path / "runs" / name) for name in ("one", "two", "alone"))
+    assert alike(one, alone) and alike(two, alone)
+
+
+@pytest.mark.slow
 def test_resuming_on_fewer_ranks_goes_on_with_the_same_curve(tmp_path):
     """4, then 2, then 1 ranks, other ep and cp each time, against one process: so the order of the
-    data is the same.
+    data is the same, and losses to 1e-6.
     """
-    train.cli([*RUN, "--out", str(tmp_path), "--name", "one"])
+    flags = [*RUN, "--lr", "1e-3", "--lr-min", "1e-4"]
+    train.cli([*flags, "--out", str(tmp_path), "--name", "one"])
     out = ["train.py", "--out", tmp_path, "--name", "many"]
-    torchrun(4, *out, *RUN, "--ep", 2, "--cp", 2, "--stop", 2)
+    torchrun(4, *out, *flags, "--ep", 2, "--cp", 2, "--stop", 2)
     torchrun(2, *out, "--resume", "--ep", 2, "--cp", 1, "--stop", 4)
     torchrun(1, *out, "--resume", "--ep", 1)
-    assert alike(log(tmp_path / "many"), log(tmp_path / "one"))
+    one, many = log(tmp_path / "one"), log(tmp_path / "many")
+    assert alike(many, one) and max(off(many, one)) < 1e-6, off(many, one)
     torchrun(
         2,
         "-m",
@@ -326,37 +408,10 @@ def crash(tmp_path, name, times, during="step"):
     """Kills a random worker `times` times, in a step or while a checkpoint is half written; the run
     must end by itself.
     """
-    args = [
-        *RUN,
-        "--steps",
-        "40",
-        "--save-every",
-        "2",
-        "--eval-every",
-        "40",
-        "--out",
-        tmp_path,
-        "--name",
-        name,
-    ]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        4,
-        "--max-restarts",
-        times + 2,
-        "train.py",
-        *args,
-        "--ep",
-        2,
-    ]
+    where = ["--out", tmp_path, "--name", name]
+    args = [*RUN, *"--steps 40 --save-every 2 --eval-every 40 --ep 2".split(), *where]
     p = subprocess.Popen(
-        [*map(str, command)],
+        launched(4, times + 2, "train.py", *args),
         cwd=ROOT,
         env=ENV,
         stdout=subprocess.PIPE,
@@ -387,6 +442,7 @@ def crash(tmp_path, name, times, during="step"):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # 13 minutes on two idle cores
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("during", ["step", "save"])
 def test_killed_workers_lose_nothing_that_was_committed(tmp_path, during, times=10):
@@ -410,7 +466,7 @@ def test_a_run_on_ranks_is_kept_like_one_on_one(tmp_path):
     folder = tmp_path / "many"
     assert [checkpoint.number(p) for p in checkpoint.shards(folder)] == [2, 4]
     assert (folder / "left-1-log.csv").is_file() and not (folder / ".lock").exists()
-    with checkpoint.lock(folder):
+    with disk.lock(folder):
         refused = torchrun(2, *out, "--resume", check=False)
     assert refused.returncode and "is in use: another process is writing" in refused.stderr
     again = torchrun(2, *out, *RUN, check=False)
@@ -452,7 +508,7 @@ def test_the_dry_run_counts_exactly():
         world=8,
         ep=2,
         cp=2,
-        recompute=True,
+        recompute="all",
         precision="bf16",
         dry_run=True,
     )

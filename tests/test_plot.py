@@ -8,9 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
-import checkpoint
+import disk
 import plot
 
 ROOT = Path(plot.__file__).parent
@@ -37,19 +38,22 @@ LOGS = {
 def write(folder, rows, load):
     keys = dict.fromkeys(k for r in rows for k in r)
     rows = [{k: r.get(k, "") for k in keys} for r in rows]
-    (folder / "log.csv").write_text(checkpoint.table(rows))
+    (folder / "log.csv").write_text(disk.table(rows))
     if load:
         (folder / "load.json").write_text(json.dumps(load))
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures, instead of closing them."""
-    figures = []
-    monkeypatch.setattr(plot.plt, "close", figures.append)
-    yield figures
-    monkeypatch.undo()
-    plot.plt.close("all")
+    """Every figure that is made."""
+    figures, Figure = [], plot.Figure
+
+    def made(**how):
+        figures.append(Figure(**how))
+        return figures[-1]
+
+    monkeypatch.setattr(plot, "Figure", made)
+    return figures
 
 
 @pytest.mark.parametrize("name", LOGS)
@@ -65,7 +69,7 @@ def test_every_receipt_can_be_drawn(tmp_path, log, drawn):
     for path in log.parent.iterdir():
         shutil.copy(path, tmp_path)
     plot.run(tmp_path)
-    last = [r["val_bpb"] for r in checkpoint.read_log(log) if r["val_bpb"] != ""][-1]
+    last = [r["val_bpb"] for r in disk.read_log(log) if r["val_bpb"] != ""][-1]
     titles = [ax.get_title(loc="left") for ax in drawn[0].axes]
     assert f"{last:.3f} bits" in titles[0]
 
@@ -103,14 +107,14 @@ def test_a_title_is_what_the_numbers_say():
         plot.verdict(dict(a=logs(1.3, 1.5), b=logs(1.0, 1.2))) == "b ends 0.300 bits a byte below a"
     )
     assert "no more than" in plot.verdict(dict(a=logs(1.0, 1.2), b=logs(1.1, 1.3)))
+    assert plot.verdict(dict(a=logs(1.0), b=logs(1.3, 1.5))).endswith("below b (one seed)")
 
 
 def test_names_do_not_touch():
-    fig, ax = plot.plt.subplots()
+    _, ax = plot.sheet()
     ax.set_ylim(0, 1)
     plot.name_ends(ax, [(0.5, "a", "k"), (0.51, "b", "k"), (0.99, "c", "k")], gap=0.1)
     heights = [text.get_position()[1] for text in ax.texts]
-    plot.plt.close(fig)
     assert heights[1] - heights[0] > 0.099 and max(heights) <= 1
 
 
@@ -119,8 +123,19 @@ def test_smoothing():
     assert plot.smooth([0.0, 3.0, 0.0], reach=1) == [0.0, 1.0, 1.5]
 
 
+def test_one_seed_has_no_band(tmp_path, drawn):
+    plot.compare([RECEIPTS / "toy-0", RECEIPTS / "plain-0"], tmp_path / "two.png")
+    plot.compare([RECEIPTS / "toy-0", RECEIPTS / "toy-1"], tmp_path / "seeds.png")
+    one, two = ([text.get_text() for text in fig.axes[1].texts] for fig in drawn)
+    assert not any("band" in text for text in one) and any("band: 2 seeds" in t for t in two)
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path):
-    for wrong in ([], [str(tmp_path)], [str(RECEIPTS / "toy-0"), str(RECEIPTS / "toy-1")]):
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "log.csv").touch()
+    toys = [str(RECEIPTS / "toy-0"), str(RECEIPTS / "toy-1")]
+    for wrong in ([], [str(tmp_path)], toys, [str(new)]):
         with pytest.raises(SystemExit) as e:
             plot.main(wrong)
         assert e.value.code == 2
@@ -129,6 +144,8 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
 def test_the_stack_is_the_config(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
     import draw_stack
+
+    monkeypatch.setattr(draw_stack, "Figure", plot.Figure)
 
     from config import Config
 
@@ -141,6 +158,25 @@ def test_the_stack_is_the_config(tmp_path, monkeypatch, drawn):
         assert len(cells) == c.num_hidden_layers
 
 
+@pytest.mark.parametrize(
+    "idle,said", [((3, 0, 0), "none after step 1"), ((3, 2, 1), "some to the end")]
+)
+def test_it_says_until_when_experts_idled(drawn, idle, said):
+    plot.growing([ROW | dict(step=i, max_vio=0.5, idle=n) for i, n in enumerate(idle, 1)])
+    _, ax = drawn[-1].axes
+    assert f"at most 3, {said}" in ax.get_xlabel()
+
+
+def test_a_run_s_pictures_leave_those_of_a_notebook_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")  # as if a person had chosen it
+    mine = plot.plt.figure()
+    write(tmp_path, *LOGS["one row"])
+    plot.run(tmp_path)
+    plot.png(plot.growing([ROW]))
+    assert matplotlib.get_backend() == "svg" and plot.plt.get_fignums() == [mine.number]
+    plot.plt.close(mine)
+
+
 def test_this_file_can_fail(tmp_path, monkeypatch):
     """Columns that must be there, as they once had to be, are missed."""
 
@@ -151,4 +187,3 @@ def test_this_file_can_fail(tmp_path, monkeypatch):
     write(tmp_path, *LOGS["one row"])
     with pytest.raises(KeyError):
         plot.run(tmp_path)
-    plot.plt.close("all")

@@ -18,6 +18,7 @@ import torch
 import chat
 import checkpoint
 import data
+import disk
 import grpo
 import heal
 import hf
@@ -25,7 +26,7 @@ import sample
 import sft
 from config import Config
 from model import Nemotron
-from post import release, rlhf, rollout, tasks
+from post import groups, release, rlhf, rollout, tasks
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/grpo.json").read_text())
 THIRD = math.sqrt(1 / 3)
@@ -51,23 +52,23 @@ def close(got, want, tolerance=1e-6):
     ],
 )
 def test_advantages(r, a):
-    close(grpo.advantages(T([r], dtype=torch.float32))[0], a, 2e-5)  # 1e-6 beside s, as released
+    close(groups.advantages(T([r], dtype=torch.float32))[0], a, 2e-5)  # 1e-6 beside s, as released
 
 
 def test_advantages_are_clipped_and_malformed_replies_overwritten_after_that():
-    a = grpo.advantages(T([[100.0, 0, 1e-4, 0]]))
+    a = groups.advantages(T([[100.0, 0, 1e-4, 0]]))
     assert a[0, 0] == 50
-    a = grpo.advantages(T([[1.0, 0, 0, 0]]), T([[True, False, False, False]]))
+    a = groups.advantages(T([[1.0, 0, 0, 0]]), T([[True, False, False, False]]))
     close(a[0], [-5, -THIRD, -THIRD, -THIRD], 1e-5)  # it still votes in the others' baseline
     with pytest.raises(ValueError, match="a group of 1"):
-        grpo.advantages(T([[1.0]]))
+        groups.advantages(T([[1.0]]))
 
 
 def test_weights_are_truncated_and_replies_masked():
     old = T([[7.0, 1, 1], [3, 1, 1], [3.1, 1, 1]]).log()
     mask = T([[1.0, 1, 1], [1, 1, 0], [1, 1, 0]])
     who = torch.arange(3)[:, None].expand(3, 3)
-    w, keep, error = grpo.weights(old, torch.zeros(3, 3), mask, who)
+    w, keep, error = groups.weights(old, torch.zeros(3, 3), mask, who)
     close(w[:, 0], [5, 3, 3.1])
     close(error, [3, 2, 2.05])
     assert keep.tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]
@@ -77,7 +78,7 @@ def test_the_loss_is_a_mean_over_tokens_and_its_gradient_is_minus_w_a():
     logp = T([[-1.0, -9], [-2, -3]], requires_grad=True)
     mask, w = T([[1.0, 0], [1, 1]]), T([[3.0, 1], [1, 0.5]])
     a = T([[2.0], [-1.0]]).expand(2, 2)
-    loss = (grpo.objective(logp, logp.detach(), logp.detach(), a, w) * mask).sum() / mask.sum()
+    loss = (groups.objective(logp, logp.detach(), logp.detach(), a, w) * mask).sum() / mask.sum()
     loss.backward()
     close(loss.item(), (-6 + 1 + 0.5) / 3)
     close(logp.grad, [[-2, 0], [1 / 3, 0.5 / 3]])
@@ -86,7 +87,7 @@ def test_the_loss_is_a_mean_over_tokens_and_its_gradient_is_minus_w_a():
 def test_k3_is_weighted_by_policy_over_generator():
     logp, ref = torch.zeros(1, requires_grad=True), T([2.0]).log()
     gen, none = T([0.5]).log(), torch.zeros(1)
-    each = grpo.objective(logp, logp.detach(), gen, none, torch.ones(1), ref, beta=1.0)
+    each = groups.objective(logp, logp.detach(), gen, none, torch.ones(1), ref, beta=1.0)
     close(each.item(), 2 * (2 - 1 - math.log(2)))
 
 
@@ -97,7 +98,7 @@ def test_k3_is_weighted_by_policy_over_generator():
 def test_advantages_as_nemo_rl_has_them(case):
     """Where a deviation is 0 but for rounding, the release divides by what fp32 leaves of it."""
     r, want = T(case["rewards"]), T(case["advantages"])
-    got = grpo.advantages(r)
+    got = groups.advantages(r)
     others = (r.sum(1, keepdim=True) - r) / (r.shape[1] - 1)
     square = ((r * r).sum(1, keepdim=True) - r * r) / (r.shape[1] - 1)
     clear = square - others**2 > 1e-5
@@ -112,11 +113,11 @@ def ours(beta, masked, trl=False):
     given = GOLDEN["inputs"]
     old, gen, ref, mask, a = (T(given[k]) for k in ("logp", "gen", "ref", "mask", "advantages"))
     who = torch.arange(len(old))[:, None].expand_as(old)
-    w, keep, _ = grpo.weights(old, gen, mask, who, 5.0, 2.0)
+    w, keep, _ = groups.weights(old, gen, mask, who, 5.0, 2.0)
     keep = keep if masked else mask
     logp = old.clone().requires_grad_()
     far = old if trl else gen  # TRL weighs k3 by policy over old
-    each = grpo.objective(logp, old, far, a[:, None].expand_as(old), w, ref, beta)
+    each = groups.objective(logp, old, far, a[:, None].expand_as(old), w, ref, beta)
     loss = (each * keep).sum() / keep.sum()
     loss.backward()
     return loss.item(), logp.grad
@@ -262,7 +263,9 @@ def test_every_demonstration_is_right_and_held_out_questions_are_never_practised
     ]
 
 
-@pytest.mark.parametrize("text", ["sort,jump", "sort:x", "sort:0", "sort:-1", "sort:inf", ""])
+@pytest.mark.parametrize(
+    "text", ["sort,jump", "sort:x", "sort:", "sort:0", "sort:-1", "sort:inf", ""]
+)
 def test_a_bad_mixture_is_refused(text):
     with pytest.raises(ValueError, match="--tasks"):
         tasks.mixture(text)
@@ -300,15 +303,25 @@ def test_replies_are_the_policys_own_and_their_log_probabilities_the_trainers():
     made = rollout.roll(model, prompts, 3, 30, end, draw)
     assert len(made) == 15 and [r.prompt for r in made[::3]] == prompts
     assert all(len(r.reply) == len(r.logp) == 30 or r.ended for r in made)
-    laid = grpo.lay(made, 200)
+    laid = groups.lay(made, 200)
     with torch.no_grad():
-        logp = grpo.logprobs(model, laid)
+        logp = groups.logprobs(model, laid)
     assert (laid.mask > 0).sum() == sum(len(r.reply) for r in made)
     assert ((logp - laid.gen) * laid.mask).abs().max() < 1e-4
     pieces = laid.pieces(1)
     with torch.no_grad():
-        again = torch.cat([grpo.logprobs(model, p) for p in pieces])
+        again = torch.cat([groups.logprobs(model, p) for p in pieces])
     assert len(pieces) > 1 and ((again - logp) * laid.mask).abs().max() < 1e-4
+
+
+def test_an_id_that_the_tokenizer_lacks_is_a_strange_letter_and_no_fault():
+    """A model may have more ids than its tokenizer: train.py --model vocab_size=4096, say."""
+    some = ENC.encode_ordinary("a\u00e9")
+    made = rollout.Rollout([], [some[0], SMALL.vocab_size + 5, *some[1:]], [], False)
+    assert rollout.spelled(ENC, made) == "a\ufffd\u00e9"
+    (asked,) = tasks.problems(tasks.mixture("sort"), 1, 0)
+    assert rollout.judge(ENC, [made], [asked])[0] == [0.0]
+    assert rollout.spelled(ENC, made._replace(ended=True)) == "a\ufffd\ufffd"
 
 
 def test_a_group_is_what_its_replies_would_be_alone():
@@ -420,7 +433,7 @@ def runs(tmp_path_factory):
 def test_sft_goes_on_bit_for_bit(runs, capsys):
     same(runs / "a", runs / "b")
     assert checkpoint.read(runs / "a")["step"] == 4
-    rows = checkpoint.read_log(runs / "a/log.csv")
+    rows = disk.read_log(runs / "a/log.csv")
     assert rows[-1]["sort-off-right"] != "" and (runs / "a/answers.png").stat().st_size > 1000
     assert len((runs / "a/answers.csv").read_text().splitlines()) == 8
 
@@ -430,6 +443,35 @@ def test_grpo_goes_on_bit_for_bit(runs):
     rates = checkpoint.read(runs / "late")["rates"]
     assert rates == checkpoint.read(runs / "again")["rates"]
     assert rates and all(0 <= r <= 1 for r in rates.values())
+
+
+def test_grpo_is_begun_again_and_not_lost_to_its_ornaments(runs, tmp_path, monkeypatch, capsys):
+    """Stopped before its first checkpoint; a picture that fails; a log that cannot be read."""
+    few = "--steps 1 --prompts 1 --group 2 --length 96 --room 4 --questions 1 --threads 1".split()
+    flags = ["--base", str(runs / "a"), "--name", "g", *few]
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    def fails(folder):
+        raise ZeroDivisionError("no picture today")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(grpo.Practice, "update", stop)
+        run(grpo, tmp_path, *flags)
+    said = capsys.readouterr().err
+    assert e.value.code == 130 and "grpo.py" in said and "--resume begins again" in said
+    monkeypatch.setattr(grpo.picture, "grpo", fails)
+    run(grpo, tmp_path, "--name", "g", "--resume")
+    assert "no picture (ZeroDivisionError" in capsys.readouterr().out
+    assert checkpoint.read(tmp_path / "g")["step"] == 1
+    (tmp_path / "g/log.csv").write_text("a\0b")
+    run(grpo, tmp_path, "--name", "g", "--resume", "--steps", "2")
+    assert "the log begins anew" in capsys.readouterr().out
+    assert (tmp_path / "g/left-1-log.csv").exists()
+    with pytest.raises(SystemExit) as e:
+        run(grpo, tmp_path, *flags)
+    assert e.value.code == 2 and "already holds a run" in capsys.readouterr().err
 
 
 def test_grpo_leaves_mtp_and_router_alone_but_moves_its_bias(runs):
@@ -505,8 +547,8 @@ def test_healing_and_sampling_from_conversations(runs, tmp_path, capsys):
     assert moved and all(n.startswith("mtp.") for n in moved)
     ask = ["--prompt", "sort 312", "--max-new-tokens", "5", "--seed", "1"]
     for where in (["--run", str(tmp_path / "healed")], ["--hf", str(tmp_path / "released")]):
-        sample.main([*where, "--chat", "low", *ask])
-        assert capsys.readouterr().out.startswith("sort 312")
+        sample.main([*where, "--chat", "--think", "low", *ask])
+        assert capsys.readouterr().out.startswith(chat.THINK)
 
 
 def test_your_own_conversations_are_learned(runs, tmp_path):
@@ -597,7 +639,7 @@ def test_this_file_can_fail():
     r = T([[1.0, 1, 0, 0]])
     group = (r[0] - r.mean()) / r.std()  # the group's own mean and deviation
     with pytest.raises(AssertionError):
-        close(grpo.advantages(r)[0], group, 1e-2)
+        close(groups.advantages(r)[0], group, 1e-2)
     loss, grad = ours(0.1, masked=True)
     case = next(c for c in GOLDEN["losses"] if c["beta"] == 0.1 and not c["masked"])
     with pytest.raises(AssertionError):

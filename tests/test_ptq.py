@@ -7,14 +7,18 @@ import json
 import re
 from pathlib import Path
 
+import command
+
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import command
+import bounds
+import census
 import data
+import disk
 import hf
 import ptq
 import sample
@@ -29,7 +33,7 @@ def original(name):
     """The BF16 model that Model Optimizer was given, its calibration text, its export, its plan."""
     file = load_file(GOLDEN / name / "model.safetensors")
     weights = load_file(GOLDEN / f"{name}.orig.safetensors")
-    found = hf.survey(GOLDEN / name)
+    found = census.survey(GOLDEN / name)
     model = Nemotron(found.config).eval()
     with torch.no_grad():
         for key, v in model.state_dict().items():
@@ -44,7 +48,7 @@ def original(name):
 def test_their_exports_bit_for_bit(name):
     model, ids, file, plan, kv = original(name)
     stats = calibrate.calibrate(model, ids.split(2), correlate=False)
-    made = hf.places(calibrate.quantize(model, plan, stats, "max", cache=bool(kv)))
+    made = census.places(calibrate.quantize(model, plan, stats, "max", cache=bool(kv)))
     assert set(made) == set(file)
     raw = lambda t: t.contiguous().view(-1).view(torch.uint8)
     for key, want in file.items():
@@ -209,7 +213,7 @@ def quantised(run, out, *flags):
     lines = []
     settings = command.parser(ptq.Flags, "ptq.py", "-").parse_args([*FLAGS, *flags])
     given = dict(run=str(run), out=str(out)) | vars(settings)
-    ptq.quantise(command.check(ptq.Flags(**given)), lines.append)
+    ptq.quantise(bounds.check(ptq.Flags(**given)), lines.append)
     return "\n".join(lines)
 
 
@@ -318,8 +322,8 @@ def test_a_folder_goes_the_same_way_as_a_run_module_by_module(run, tmp_path):
     stats = calibrate.calibrate(whole, [ids[:, :-1]], correlate=False)
     score = autoquant.sensitivity(whole, ids.split(8), stats, nll)
     plan = autoquant.assign(score, numel, 4.75)
-    want = hf.places(calibrate.quantize(whole, plan, stats, "mse"))
-    got = hf.places(made)
+    want = census.places(calibrate.quantize(whole, plan, stats, "mse"))
+    got = census.places(made)
     assert set(got) == set(want)
     same = sum(torch.equal(got[n].float(), want[n].float()) for n in got)
     assert all(torch.allclose(got[n].float(), want[n].float(), rtol=1e-5) for n in got), same
@@ -348,6 +352,13 @@ def test_who_was_interrupted_goes_on(run, tmp_path, at, monkeypatch):
     assert not (tmp_path / "b" / "config.json").exists()
     with pytest.raises(ValueError, match="unfinished quantisation with another bits"):
         quantised(run, tmp_path / "b", "--shard-bytes", "100000", "--bits", "6")
+    for name, whose in (("text", ptq.data.Corpus), ("weights", ptq)):
+        with monkeypatch.context() as patch:
+            patch.setattr(whose, *dict(text=("sha256", "x"), weights=("mark", lambda a: "x"))[name])
+            with pytest.raises(ValueError, match=f"unfinished quantisation with another {name}"):
+                quantised(run, tmp_path / "b", "--shard-bytes", "100000")
+    with disk.lock(tmp_path / "b"), pytest.raises(ValueError, match="is in use"):
+        quantised(run, tmp_path / "b", "--shard-bytes", "100000")
     again = quantised(run, tmp_path / "b", "--shard-bytes", "100000")
     # the layers of a file that was not finished are done again
     done = "write      layer   1" if at.startswith("write") else at
@@ -384,6 +395,38 @@ def test_every_flag_has_an_effect(run, tmp_path):
     kl = lambda text: float(re.search(r"KL +([\d.]+) \+-", text)[1])
     assert kl(weights) < kl(said) and "weights alone rounded" in weights
     assert "distill    step    2 of 2" in numbers("--bits", "5", "--distill", "2")[0]
+
+
+def test_distillation_s_flags_and_the_text_s_have_an_effect(run, tmp_path):
+    out = [0]
+
+    def same(one, other):
+        return all(torch.equal(t.float(), other[n].float()) for n, t in one.items())
+
+    def tensors(*flags):
+        out[0] += 1
+        folder = tmp_path / str(out[0])
+        quantised(run, folder, "--map", "nvfp4", "--method", "max", *flags)
+        return load_file(folder / "model.safetensors")
+
+    plain, learned = tensors(), tensors("--distill", "2", "--lr", "1e-3")
+    assert not same(plain, learned) and same(learned, tensors("--distill", "2", "--lr", "1e-3"))
+    assert not same(learned, tensors("--distill", "2", "--lr", "1e-2"))
+    assert not same(learned, tensors("--distill", "2", "--lr", "1e-3", "--seed", "1"))
+    assert same(plain, tensors("--seed", "1"))  # without distillation nothing is drawn
+    assert not same(plain, tensors("--length", "16"))
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"x{i} = {{}}\n" for i in range(9000)))
+    assert not same(plain, tensors("--data", str(other)))
+
+
+def test_threads_are_torch_s(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    quantised(run, tmp_path / "a", "--map", "fp8", "--threads", "0")
+    assert asked == []  # torch's choice
+    quantised(run, tmp_path / "b", "--map", "fp8", "--threads", "3")
+    assert asked == [3]
 
 
 def test_distillation_repairs_and_does_not_touch_mtp():

@@ -10,35 +10,18 @@ import torch
 from conftest import rms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import AWKWARD
 
 import checkpoint
 import data
 import decode
+import graph
 import sample
 from decode import choose, probabilities, stream
 from model import Config, Nemotron
 from sample import generate
 
-TINY = dict(
-    vocab_size=31,
-    hidden_size=12,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=5,
-    mamba_num_heads=6,
-    mamba_head_dim=4,
-    ssm_state_size=5,
-    n_groups=3,
-    chunk_size=4,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=5,
-    moe_intermediate_size=7,
-    moe_shared_expert_intermediate_size=9,
-    intermediate_size=11,
-    num_nextn_predict_layers=0,
-    initializer_range=0.3,
-)
+TINY = dict(AWKWARD, num_nextn_predict_layers=0, initializer_range=0.3)
 
 
 def tiny(pattern="ME*-M*E", dtype=torch.float64, **kw):
@@ -222,7 +205,7 @@ def test_a_compiled_step_gives_the_same_text(lengths):
     """
     model, rows = tiny(dtype=torch.float32), prompts(*lengths)
     try:
-        step = sample.compiled(model, tune=False)
+        step = graph.compiled(model, tune=False)
     except ValueError as e:
         pytest.skip(str(e))
     taken = []
@@ -390,7 +373,7 @@ def test_the_printer_waits_for_whole_characters(capsys):
     for i in (0x80, ord("b")):  # no character begins like that
         show(i)
     assert capsys.readouterr().out == "\ufffdb"
-    assert sample.spell(enc, 97) == b"a" and sample.spell(enc, 9999).decode() == "\ufffd"
+    assert sample.raw(enc, 97) == b"a" and sample.raw(enc, 9999).decode() == "\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +405,7 @@ def test_a_run_and_a_prompt(folder, capsys):
     assert step == 7 and enc.name == "bytes" and not model.training
     assert sample.load_run(checkpoint.steps(folder)[0])[2] == 7  # the file itself
     for n in range(2, 13):  # also where a character is left unfinished
-        want = b"".join(sample.spell(enc, i) for i in greedy(model, b"ab", n)).decode(
+        want = b"".join(sample.raw(enc, i) for i in greedy(model, b"ab", n)).decode(
             "utf-8", "replace"
         )
         assert (
@@ -450,7 +433,7 @@ def test_several_prompts_and_stop(folder, capsys):
 
     def shown(i, show_stop):
         n = next((j for j, t in enumerate(new[i]) if t in (stop, 256)), 12)
-        return b"".join(sample.spell(enc, t) for t in new[i][: n + show_stop]).decode(
+        return b"".join(sample.raw(enc, t) for t in new[i][: n + show_stop]).decode(
             "utf-8", "replace"
         )
 

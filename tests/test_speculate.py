@@ -39,14 +39,15 @@ def agreeable(dtype=torch.float32, scale=0.5):
     return model
 
 
+@pytest.mark.parametrize("n", [50, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [prompts(5), prompts(1, 7, 4)], ids=len)
-def test_greedy_is_the_plain_text_for_every_d(rows):
+def test_greedy_is_the_plain_text_for_every_d(rows, n):
     model = agreeable(scale=0.1)
-    want, tally = generate(model, rows, 200), speculate.Tally(7)
+    want, tally = generate(model, rows, n), speculate.Tally(7)
     for d in (1, 2, 3, 4, 5, 6, 7, "auto"):
-        assert generate(model, rows, 200, speculate=d, tally=tally) == want, d
-    assert generate(model, rows, 200, speculate=3, remember=False) == want
-    assert 100 < tally.stood[1] < tally.reached[1] - 100  # many stood, many fell
+        assert generate(model, rows, n, speculate=d, tally=tally) == want, d
+    assert generate(model, rows, n, speculate=3, remember=False) == want
+    assert n / 2 < tally.stood[1] < tally.reached[1] - n / 2  # many stood, many fell
 
 
 @settings(max_examples=15)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from graph import compiled
 from model import Config, Nemotron
 from quant import statecache
 from quant.statecache import Store, drift, mix, neighbours, noise, philox, read, to_blocks, to_fp16
-from sample import compiled, generate
+from sample import generate
 
 
 def test_philox_gives_the_published_words():

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpora.foreign import GPT2_WORDS
 from tokenizer import (
     END,
-    GPT2_WORDS,
     WORDS,
     encode,
     from_hugging_face,
@@ -274,6 +274,10 @@ def test_ids_are_those_of_the_file(tmp_path):
         ("token '▁a' is not in ByteLevel's alphabet", dict(model__vocab={"▁a": 0})),
         ("some single bytes have no id", dict(model__vocab={"a": 0})),
         (
+            "an added token stands there twice",
+            dict(added_tokens=[dict(id=i, content="<x>", special=True) for i in (300, 301)]),
+        ),
+        (
             "id 258 after id 259: merge order is not id order",
             dict(model__merges=["l l", "h e", "he ll"]),
         ),
@@ -286,6 +290,22 @@ def test_what_a_table_cannot_say_is_refused(why, changes, tmp_path):
     with pytest.raises(ValueError, match="does not fit|leaves characters out") as e:
         load(tmp_path, hugging_face(**changes))
     assert why in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "caf\udce9", "ab " * 50_000 + "\udfff"])
+def test_what_is_no_character_is_refused(text):
+    """What a shell or a JSON gave that is no UTF-8: tiktoken would learn or read U+FFFD."""
+    enc = tokenizer("bytes")
+    for spelled in (encode, type(enc).encode_ordinary):
+        with pytest.raises(ValueError, match="is not UTF-8"):
+            spelled(enc, text)
+
+
+def test_an_argument_is_utf8_in_every_console():
+    """Under an ASCII or Latin locale Python hands a program surrogates in place of the bytes."""
+    for text in ("café → 中", "\U0001f642", "plain"):
+        given = text.encode().decode("ascii", "surrogateescape")
+        assert BYTES.encode_ordinary(given) == list(text.encode())
 
 
 @pytest.fixture(scope="module")
@@ -426,6 +446,13 @@ def test_an_expression_that_panics_is_a_value_error(tmp_path):
     pack_ = pack(BYTES) | dict(pattern=r"(?:a|a)+(?=b)|(?s:.)")
     with pytest.raises(ValueError, match="its regular expression fails"):
         unpack(pack_).encode_ordinary("a" * 4000)
+
+
+def test_an_expression_that_fits_nothing_is_one_sentence(capfd):
+    """tiktoken panics, and Rust would print that by itself."""
+    with pytest.raises(ValueError, match="its regular expression fails .range end index"):
+        unpack(pack(BYTES) | dict(pattern="x*"))
+    assert capfd.readouterr() == ("", "")
 
 
 def broken_files():

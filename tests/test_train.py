@@ -11,42 +11,31 @@ import struct
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import rms
+from conftest import rms, same
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import SMALL, spelled
 
 import checkpoint
 import data
+import disk
 import latent_moe
+import mtp
 import plot
 import sample
 import train
+from corpora import synthetic
 from model import Config, Nemotron
+from scale import room
 from training import pretrain
 from training.settings import RECIPES, configure
 from training.world import Alone, choose_device
 
-TINY = dict(
-    hidden_size=16,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    mamba_num_heads=4,
-    mamba_head_dim=4,
-    ssm_state_size=8,
-    n_groups=2,
-    chunk_size=8,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=8,
-    moe_intermediate_size=8,
-    moe_shared_expert_intermediate_size=16,
-    intermediate_size=16,
-)
 BYTES = data.tokenizer("bytes")
 COLUMNS = [
     "step",
@@ -86,12 +75,12 @@ def quick(monkeypatch):
 
 
 def run(out, pattern="ME*-", changes=(), **kw):
-    model = {"hybrid_override_pattern": pattern, **TINY, **dict(changes)}
+    model = {"hybrid_override_pattern": pattern, **SMALL, **dict(changes)}
     return train.Run(
         **{
             **dict(
                 out=str(out),
-                model=",".join(f"{k}={v}" for k, v in model.items()),
+                model=spelled(**model),
                 data="copy",
                 tokenizer="bytes",
                 steps=8,
@@ -102,6 +91,7 @@ def run(out, pattern="ME*-", changes=(), **kw):
                 log_every=1,
                 save_every=2,
                 prompt="",
+                worth=False,
                 threads=1,
             ),
             **kw,
@@ -111,16 +101,13 @@ def run(out, pattern="ME*-", changes=(), **kw):
 
 def flags(run):
     """The command line of a run: every field that is not the default."""
-    changed = [
-        (f, getattr(run, f.name))
-        for f in fields(run)
-        if getattr(run, f.name) != getattr(train.Run, f.name)
-    ]
-    return [
-        x
-        for f, v in changed
-        for x in ["--" + f.name.replace("_", "-")] + ([] if v is True else [str(v)])
-    ]
+    given = []
+    for f in fields(run):
+        name, v = f.name.replace("_", "-"), getattr(run, f.name)
+        if v != getattr(train.Run, f.name):
+            switch = [f"--{name}" if v else f"--no-{name}"]
+            given += switch if isinstance(v, bool) else [f"--{name}", str(v)]
+    return given
 
 
 def model_of(run, dtype=torch.float64):
@@ -156,17 +143,6 @@ def here():
     return world
 
 
-def same(a, b):
-    """Nested dicts and lists of tensors and numbers, bit for bit."""
-    if torch.is_tensor(a):
-        return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def assert_same_run(a, b):
     """Newest checkpoints and logs of two folders, but for the clock, the settings, and the random
     state, which nothing uses.
@@ -181,7 +157,7 @@ def assert_same_run(a, b):
     p, q = (
         [
             {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")}
-            for r in checkpoint.read_log(f / "log.csv")
+            for r in disk.read_log(f / "log.csv")
         ]
         for f in (a, b)
     )
@@ -385,7 +361,7 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(
 ):
     r = run(tmp_path, "ME*E", mtp_loss=mtp_loss, balance=balance)
     model, ids = model_of(r), text(4, 17)
-    nats, even = train.backward(model, batch(ids.split(4), r), r, nullcontext)
+    *nats, even = train.backward(model, batch(ids.split(4), r), r, nullcontext).tolist()
     got = gradient(model)
     model.zero_grad()
     evened, parts, uses = balance_by_hand(model, ids)
@@ -414,7 +390,7 @@ def test_however_the_batch_is_cut_up(tmp_path, micro, dtype, tolerance):
     model, ids, result = model_of(r, dtype), text(4, 17), {}
     for m in (4, micro):
         model.zero_grad()
-        nats, even = train.backward(model, batch(ids.split(m), r), r, nullcontext)
+        *nats, even = train.backward(model, batch(ids.split(m), r), r, nullcontext).tolist()
         result[m] = (
             gradient(model),
             torch.tensor([*nats, even]),
@@ -610,7 +586,7 @@ def test_flags_given_on_resume_replace_the_runs_own(tmp_path, monkeypatch):
     train.fit(a, quiet)
     monkeypatch.setattr(train, "optimiser", lambda *args: seen.append(real(*args)) or seen[-1])
     train.fit(replace(a, resume=True, stop=0, steps=4, lr=0.5, weight_decay=0.025), quiet)
-    assert checkpoint.read_log(a.folder() / "log.csv")[2]["lr"] == pytest.approx(
+    assert disk.read_log(a.folder() / "log.csv")[2]["lr"] == pytest.approx(
         schedule(3, 0.5, 4e-5, 4, 0.05, 0.3), rel=1e-5
     )
     assert sorted(g["weight_decay"] for g in seen[0].param_groups) == [0, 0.025]
@@ -629,7 +605,7 @@ def test_a_run_that_goes_on_cannot_become_another_model(tmp_path):
 
 
 def test_a_kill_between_any_two_files_loses_no_step_and_no_row(tmp_path, monkeypatch):
-    whole, real = run(tmp_path, "-", name="whole", steps=4), checkpoint.write
+    whole, real = run(tmp_path, "-", name="whole", steps=4), disk.write
     train.fit(whole, quiet)
     for n in range(1, 7):
         a, left = replace(whole, name=str(n)), [n]
@@ -640,10 +616,10 @@ def test_a_kill_between_any_two_files_loses_no_step_and_no_row(tmp_path, monkeyp
             left[0] -= 1
             real(path, save)
 
-        monkeypatch.setattr(checkpoint, "write", write)
+        monkeypatch.setattr(disk, "write", write)
         with pytest.raises(KeyboardInterrupt):
             train.fit(a, quiet)
-        monkeypatch.setattr(checkpoint, "write", real)
+        monkeypatch.setattr(disk, "write", real)
         if checkpoint.steps(a.folder()):
             train.fit(replace(a, resume=True), quiet)
             assert_same_run(whole.folder(), a.folder())
@@ -875,7 +851,8 @@ def test_changes_to_a_preset_have_the_fields_type(change, value):
 
 
 def test_what_a_run_leaves(tmp_path):
-    a, said = run(tmp_path, name="x", steps=4, prompt="ab", log_every=2, eval_every=4), []
+    how = dict(steps=4, prompt="ab", log_every=2, eval_every=4, worth=True)
+    a, said = run(tmp_path, name="x", **how), []
     model, rows = train.fit(a, said.append)
     folder = tmp_path / "x"
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
@@ -887,7 +864,7 @@ def test_what_a_run_leaves(tmp_path):
         "worth.csv",
     ]
     assert (folder / "log.csv").read_text().splitlines()[0].split(",") == COLUMNS
-    log = checkpoint.read_log(folder / "log.csv")
+    log = disk.read_log(folder / "log.csv")
     assert [r["step"] for r in log] == [1, 2, 4] and [r["tokens"] for r in log] == [64, 128, 256]
     assert [r["val_nats"] == "" for r in log] == [True, True, False]
     for read, made in zip(log, rows):
@@ -903,7 +880,7 @@ def test_what_a_run_leaves(tmp_path):
         name="copy",
         bytes=len(whole),
         sha256=hashlib.sha256(whole).hexdigest(),
-        floor=data.entropy_floor("copy"),
+        floor=synthetic.entropy_floor("copy"),
     )
     assert about["versions"]["torch"] == torch.__version__ and about["hardware"]["threads"] == 1
     assert len(about["sources_sha256"]) == 64 and "git" in about
@@ -993,9 +970,9 @@ def test_loss_falls(tmp_path):
     )  # a byte a token
 
 
-def test_bf16_is_autocast_and_keeps_fp32_parameters(tmp_path):
+def test_a_narrow_run_is_autocast_and_keeps_fp32_parameters(tmp_path):
     logs = {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         said = []
         model, logs[precision] = train.fit(
             run(tmp_path, name=precision, steps=4, precision=precision), said.append
@@ -1009,8 +986,30 @@ def test_bf16_is_autocast_and_keeps_fp32_parameters(tmp_path):
             *(v for s in saved["optimizer"]["state"].values() for v in s.values()),
         ]
         assert {v.dtype for v in kept} == {torch.float32}
-    exact, rough = ([r["val_nats"] for r in logs[p]] for p in ("fp32", "bf16"))
-    assert exact != rough and rough == pytest.approx(exact, rel=1e-2)
+    exact, *rough = ([r["val_nats"] for r in logs[p]] for p in logs)
+    for nats, rel in zip(rough, (1e-2, 1e-3)):
+        assert exact != nats and nats == pytest.approx(exact, rel=rel)
+
+
+def test_a_loss_in_fp16_is_scaled_and_its_gradient_is_not(tmp_path):
+    """Without the scale many small gradients are 0; with it they are those of fp32."""
+    r = run(tmp_path, precision="fp16")
+    ids = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(0))
+    batch = data.Batch([(ids,)], mtp.counts(torch.ones(4, 32, dtype=torch.bool), 2), 4, 128)
+    grads = {}
+    for scale, precision in ((1.0, "fp32"), (1.0, "fp16"), (None, "fp16")):
+        world = Alone()
+        world.settle(replace(r, precision=precision), lambda line: None)
+        world.scale = scale or world.scale
+        model = Nemotron(Config(**{**SMALL, "vocab_size": 300}, hybrid_override_pattern="ME*E"))
+        model.backbone.norm_f.weight.requires_grad_(False)  # has no gradient to divide
+        train.gradient(model, batch, r, world)
+        made = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        grads[scale, precision] = torch.cat(made)
+    exact, plain, scaled = grads.values()
+    lost = lambda g: int(((g == 0) & (exact != 0)).sum())
+    far = lambda g: float((g - exact).norm() / exact.norm())
+    assert lost(scaled) * 10 < lost(plain) and far(scaled) < 0.01, (lost(plain), lost(scaled))
 
 
 # ---- merging
@@ -1036,7 +1035,7 @@ def test_merging_by_hand(tmp_path, capsys):
     assert [weight for _, weight, *_ in results[:3]] == pytest.approx(c) and len(
         {nats for *_, nats, _ in results}
     ) == 4
-    log = {r["step"]: r["val_nats"] for r in checkpoint.read_log(a.folder() / "log.csv")}
+    log = {r["step"]: r["val_nats"] for r in disk.read_log(a.folder() / "log.csv")}
     assert [nats for *_, nats, _ in results[:3]] == pytest.approx(
         [log[s] for s in (4, 6, 8)], rel=1e-5
     )
@@ -1116,6 +1115,21 @@ def test_what_a_card_cannot_do_is_refused(monkeypatch, capability, more, words):
         choose_device(train.Run(device="cuda", **more), quiet)
     card(monkeypatch, (8, 0))
     choose_device(train.Run(device="cuda", **more), quiet)
+
+
+@pytest.mark.parametrize("gigabytes, micro", [(80, 16), (40, 8), (24, 4), (8, 1)])
+def test_as_many_sequences_at_once_as_the_card_holds(monkeypatch, gigabytes, micro):
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *a: properties)
+    said, cuda = [], torch.device("cuda")
+    small = train.complete(dict(preset="small"))
+    assert room.sized(small, cuda, say=said.append) == replace(small, micro=micro)
+    assert f"--micro {micro}: all 128 sequences at once" in said[0]
+    assert room.sized(replace(small, micro=2), cuda) == replace(small, micro=2)  # as asked
+    assert room.sized(train.Run(), cuda) == train.Run()  # all of it fits
+    assert room.needs(small, Config.preset("small"), 4, 1, False) > 1.3 * room.needs(
+        small, Config.preset("small"), 4, 1, True
+    )
 
 
 def test_emulated_bf16_is_not_chosen_and_fp32_is_fp32(monkeypatch):

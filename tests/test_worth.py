@@ -10,9 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import rms
+from tiny import SMALL
 
 import checkpoint
 import data
+import disk
 import train
 import worth
 from config import Config
@@ -22,19 +24,8 @@ CONFIG = replace(
     Config.preset("toy"),
     hybrid_override_pattern="ME*-E",
     vocab_size=61,
-    hidden_size=32,
-    num_attention_heads=2,
-    head_dim=8,
-    mamba_num_heads=4,
-    mamba_head_dim=8,
-    ssm_state_size=8,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_latent_size=16,
-    moe_intermediate_size=16,
-    moe_shared_expert_intermediate_size=16,
-    intermediate_size=24,
     initializer_range=0.4,
+    **SMALL,
 )
 ROWS = torch.randint(61, (5, 13), generator=torch.Generator().manual_seed(0))
 # What each part writes with: at zero, the part is off.
@@ -151,35 +142,49 @@ def test_a_run_ends_by_saying_it_and_the_command_says_the_same(tmp_path, capsys)
     train.fit(run, said.append)
     rows = list(csv.DictReader(io.StringIO((run.folder() / "worth.csv").read_text())))
     assert [r["part"] for r in rows][1:3] == ["routed experts off", "random experts, same gates"]
-    last = checkpoint.read_log(run.folder() / "log.csv")[-1]
+    last = disk.read_log(run.folder() / "log.csv")[-1]
     assert abs(float(rows[0]["worth"]) - last["val_nats"]) < 1e-5
     table = next(line for line in said if line.startswith("what each part is worth"))
     (run.folder() / "worth.csv").unlink()
     worth.main(["--run", str(run.folder()), "--eval-tokens", "256"])
     assert table in capsys.readouterr().out and (run.folder() / "worth.csv").is_file()
+    saved = checkpoint.read(run.folder())
+    taught = {**saved, "run": saved["run"] | dict(questions=100)}  # as sft.py and grpo.py have it
+    checkpoint.save(tmp_path / "taught", 3, taught)
+    with pytest.raises(SystemExit):
+        worth.main(["--run", str(tmp_path / "taught")])
+    assert "taught learned to answer questions" in capsys.readouterr().err
     train.fit(replace(run, name="quiet", worth=False), said.append)
     assert not (tmp_path / "quiet" / "worth.csv").exists()
 
 
 @pytest.mark.slow
 def test_facts_are_remembered_by_experts():
-    """512 facts, 8 kbit: learned, and without the routed experts as good as forgotten."""
+    """8,192 facts, 131 kbit: learned, and without the routed experts half forgotten.
+
+    Measured: 0.09 nats a value, 2.4 more without the routed experts, 3.2 more with random ones.
+    Few facts are held by the rest of the model too: of 512, 300 steps long, experts are worth only
+    0.18 nats. About 45 CPU seconds.
+    """
     changes = (
         "hybrid_override_pattern=MEME,hidden_size=64,mamba_num_heads=4,mamba_head_dim=32,"
         "n_routed_experts=16,num_experts_per_tok=4,moe_latent_size=32,moe_intermediate_size=64,"
-        "moe_shared_expert_intermediate_size=64,num_nextn_predict_layers=0,initializer_range=0.08"
+        "moe_shared_expert_intermediate_size=64,num_nextn_predict_layers=0,initializer_range=0.08,"
+        "routed_scaling_factor=2.5"
     )
-    run = train.Run(data="facts:512", tokenizer="bytes", length=64, batch=32, seed=0)
+    run = train.Run(data="facts:8192", tokenizer="bytes", length=64, batch=32, seed=0)
     config = train.configure(replace(run, model=changes), 257)
     c = data.corpus(run.data)
-    m, asked = Nemotron(config), data.targets(c, 64)
+    m, asked, steps = Nemotron(config), data.targets(c, 64), 720
     opt = torch.optim.AdamW(m.parameters(), 4e-3, betas=(0.9, 0.95))
-    for step in range(300):
+    falls = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1, 3 * (1 - step / steps)))
+    for step in range(steps):
         ids = data.batch(c.train, 0, step, 32, 65, unit=c.unit)
         loss = worth.mtp.nll(m(ids[:, :-1]), ids[:, 1:], asked.repeat(32, 1)) / (32 * 26)
         opt.zero_grad()
         loss.backward()
         opt.step()
+        falls.step()
     rows = {
         r["part"]: r["worth"] for r in worth.measure(m, data.windows(c.val, 4096, 64, 5), asked)
     }

@@ -2,10 +2,11 @@
 Compiles kernels for GPUs that are not there, and prints what the compiler made.
 
     python tests/compiled/aot.py ssd conv
+    python tests/compiled/aot.py --small ssd      for cards whose blocks have 99 KB of shared memory
 
 Triton's wheel carries ptxas, cuobjdump and nvdisasm: registers, spills, shared memory and the
 instructions of a kernel can be read on any machine. Each kernel file has a list of rows beside this
-file, ROWS in ssd.py, conv.py, ...:
+file, ROWS in ssd.py, conv.py, ..., and SMALL, the launches of the smaller cards:
 
     Row(kernel, "what", types=dict(X="*bf16", T="i32"), consts=dict(BLOCK=64), warps=4, stages=2,
         wants={80: "mma.sync", 90: "wgmma", 100: "tcgen05"}, spill=0)
@@ -38,6 +39,9 @@ CARDS = {
     80: ("A100", 163),
     90: ("H100", 227),
     100: ("B200", 227),
+    86: ("A10", 99),  # and RTX 30
+    89: ("L4", 99),  # and RTX 40
+    120: ("5090", 99),
 }  # sm: name, KiB of shared memory a block may have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = dict(
@@ -48,6 +52,7 @@ INSTRUCTIONS = dict(
         ("block_scale", r"block_scale"),
         ("tma", r"cp\.async\.bulk\.tensor"),
         ("atomic", r"\b(?:red|atom)\."),
+        ("16 bytes", r"ld\.global\S*\.v4\.b32"),
     ]
 )
 
@@ -60,10 +65,11 @@ class Row:
     consts: dict = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
-    wants: dict = field(default_factory=dict)  # sm: a name of INSTRUCTIONS that must be there
+    # sm: a name of INSTRUCTIONS that must be there, or (name, how often at least)
+    wants: dict = field(default_factory=dict)
     spill: object = 0  # bytes a thread may spill, or {sm: bytes}
     odd: tuple = ()  # arguments that need not be divisible by 16
-    cards: tuple = tuple(CARDS)
+    cards: tuple = (80, 90, 100)
 
 
 @dataclass
@@ -127,8 +133,11 @@ def faults(row, sm, made):
         )
     if made.regs * threads > 65536:
         yield f"wants {made.regs * threads} registers, a multiprocessor has 65536"
-    if sm in row.wants and row.wants[sm] not in made.found:
-        yield f"has no {row.wants[sm]}, only {made.found}"
+    name, least = row.wants.get(sm, ""), 1
+    if isinstance(name, tuple):
+        name, least = name
+    if name and made.found.get(name, 0) < least:
+        yield f"has no {least} x {name}, only {made.found}"
 
 
 def report(rows):
@@ -158,9 +167,14 @@ def report(rows):
 def main(names):
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: that process interprets, it cannot compile")
-    names = names or sorted(p.stem for p in HERE.glob("*.py") if p.stem != "aot")
+    known = sorted(p.stem for p in HERE.glob("*.py") if p.stem != "aot")
+    which = "SMALL" if names[:1] == ["--small"] else "ROWS"
+    names = names[which == "SMALL" :]
+    if strange := [n for n in names if n not in known]:
+        sys.exit(f"{strange[0]}: give --small or nothing, then of {', '.join(known)} some or none")
+    names = names or known
     start = time.perf_counter()
-    bad = report([row for name in names for row in importlib.import_module(name).ROWS])
+    bad = report([row for n in names for row in getattr(importlib.import_module(n), which)])
     print(
         f"{time.perf_counter() - start:.0f} s; registers and spills are per thread, shared "
         f"memory per block"

@@ -2,9 +2,10 @@
 256 and fewer.
 """
 
-from aot import Row
+import torch
+from aot import CARDS, Row
 
-from kernels.experts import _combine, _grouped, _weights
+from kernels.experts import _combine, _grouped, _weights, tiles
 
 TENSOR = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 NARROW = {
@@ -78,11 +79,24 @@ def weights(x, sizes, warps, stages, wants, **more):
     )
 
 
+def plan(tokens, sm):
+    """The launch that runs there: tile, warps, stages."""
+    sizes, how = tiles(torch.bfloat16, 22 * tokens, 512, CARDS[sm][1] * 1024)
+    return sizes, how["num_warps"], how["num_stages"]
+
+
 ROWS = [
-    *grouped("bf16", (128, 128, 64), 8, 4, TENSOR),
-    *grouped("bf16", (16, 128, 128), 4, 4, NARROW),
+    *grouped("bf16", *plan(8192, 80), TENSOR),
+    *grouped("bf16", *plan(256, 80), NARROW),
     *weights("bf16", (128, 128, 64), 8, 3, TENSOR),
     row(_combine, "weighted", "bf16", dict(K_TOP=22, BN=1024, WEIGH=True), 4, 3),
     *list(grouped("fp32", (64, 64, 32), 4, 2, {}, cards=(90,)))[::2],
     *weights("fp32", (64, 64, 32), 8, 2, {}, cards=(90,)),
 ]
+SMALL = [
+    row
+    for tokens in (8192, 256)
+    for row in grouped("bf16", *plan(tokens, 86), {}, cards=(86, 89, 120))
+    if "up" in row.what or "dgate" in row.what
+]
+SMALL += list(weights("bf16", (128, 128, 64), 8, 3, {}, cards=(86, 89, 120)))[1:]

@@ -1,5 +1,7 @@
 """kernels/norm.py at Super's sizes: 8 groups of 1024."""
 
+from dataclasses import replace
+
 from aot import Row
 
 from kernels.norm import TOKENS, _backward, _forward
@@ -18,7 +20,7 @@ ROWS = [
         kernel,
         what,
         {k: v for k, v in TYPES.items() if k in kernel.arg_names},
-        dict(E=1024, BLOCK=1024, **more),
+        dict(E=1024, BLOCK=1024, UNIT=8, **more),
         odd=("M",),
         stages=3,
     )
@@ -27,3 +29,6 @@ ROWS = [
         (_backward, "gated norm", dict(TOKENS=TOKENS)),
     )
 ]
+ODD = dict(odd=("SY", "SZ"), wants=dict.fromkeys((80, 90, 100), ("16 bytes", 4)))
+ROWS += [replace(ROWS[0], what="rows of 5,144", **ODD)]
+SMALL = [replace(r, cards=(86, 89, 120)) for r in ROWS]

@@ -5,8 +5,8 @@ Kernels in Triton's interpreter: python plays the GPU, on CPU tensors.
 
 Triton decides when it is imported whether it interprets, so these tests need a process of their
 own, and tests/test_kernels.py starts it. Before any kernel runs: the interpreter's arithmetic is
-repaired (honest.py), every address is checked (bounds.py), and what torch.empty returns is NaN, so
-that a number nobody wrote shows.
+repaired (honest.py), every address is checked (addresses.py), and what torch.empty returns is NaN,
+so that a number nobody wrote shows.
 """
 
 import os
@@ -24,11 +24,11 @@ if "triton" in sys.modules:
         "triton was imported before tests/interpreted/conftest.py: run python -m pytest "
         "tests/interpreted"
     )
-import bounds
+import addresses
 import honest
 
 honest.repair()
-bounds.check_every_address()
+addresses.check_every_address()
 torch.use_deterministic_algorithms(True)  # with the next line: torch.empty is filled with NaN
 torch.utils.deterministic.fill_uninitialized_memory = True
 

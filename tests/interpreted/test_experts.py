@@ -58,6 +58,7 @@ def answers(form, args, dtype=None):
     return [r, *torch.autograd.grad((r * reading.to(r.dtype)).sum(), wanted)]
 
 
+LARGE = 232_448  # bytes of shared memory a block has on an H100
 CASES = {
     "22 of 512": dict(m=4, E=512, k=22, l=16, f=24),
     "large tiles, ragged rows": dict(m=150, E=3, k=2, l=72, f=136),
@@ -94,17 +95,17 @@ def test_in_bf16_it_is_no_worse_than_the_readable_form():
 def test_both_sizes_of_tile_were_met():
     rows = lambda case: CASES[case]["m"] * CASES[case]["k"]
     met = {
-        kernel.tiles(dtype, rows(case), CASES[case]["E"])[0][0]
+        kernel.tiles(dtype, rows(case), CASES[case]["E"], LARGE)[0][0]
         for case in CASES
         for dtype in TOLERANCE
     }
     assert met == {16, 64, 128}
-    assert kernel.tiles(torch.bfloat16, 8192 * 22, 512)[0] == (
+    assert kernel.tiles(torch.bfloat16, 8192 * 22, 512, LARGE)[0] == (
         128,
         128,
         64,
     )  # Super, 8192 tokens, then 256
-    assert kernel.tiles(torch.bfloat16, 256 * 22, 512)[0] == (16, 128, 128)
+    assert kernel.tiles(torch.bfloat16, 256 * 22, 512, LARGE)[0] == (16, 128, 128)
 
 
 def test_the_sort():
@@ -172,9 +173,26 @@ def test_what_it_cannot_do_it_says():
     with pytest.raises(ValueError, match="do not fit"):
         kernel.experts(c, pick, gate[:3], up, down)
     module = Experts(6, 16, 24)
-    module.fast, module.exchange = True, lambda rows, count: None
-    with pytest.raises(ValueError, match="no place for an exchange"):
+    module.fast, module.mm = True, lambda rows, w, count: None
+    with pytest.raises(ValueError, match="no place for an mm without a kernel"):
         module(c, pick, gate)
+
+
+@pytest.mark.parametrize("E", [1, 6])
+def test_rows_that_came_from_other_ranks_go_through_the_kernel(E):
+    """`meet`, what is between an exchange's ways there and back: forward and every gradient, with
+    an expert that nobody chose; and a rank that no row came to has a gradient of zeros."""
+    torch.manual_seed(E)
+    module, counts = Experts(E, 16, 24), torch.tensor([5, 0, 3, 40, 1, 2][-E:])
+    for count in counts, counts * 0:
+        rows = torch.randn(int(count.sum()), 16)
+        seen = {}
+        for module.fast in (False, True):
+            x = rows.clone().requires_grad_()
+            out = module.meet(x, count, module.up_proj, module.down_proj)
+            args = x, module.up_proj, module.down_proj
+            seen[module.fast] = out, *torch.autograd.grad(out.square().sum(), args)
+        close(("out", "x", "up", "down"), seen[True], seen[False], 2e-6)
 
 
 def test_this_file_can_fail():
