@@ -27,7 +27,9 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.error import URLError
@@ -38,18 +40,27 @@ HOME = Path(__file__).resolve().parent
 
 
 def cut_short(kind, e, trace):
-    """Of an exception that nobody took: while a program is still being imported, too, Ctrl-C and a
-    library that is not there, or fails, end with a line and a code. Any other shows its traceback.
+    """Of an exception that nobody took: a library that is not there, or fails while it is imported,
+    ends with a line and a code. Any other shows its traceback.
     """
     failed = issubclass(kind, (ImportError, OSError, ValueError)) and library(e, trace)
+    if failed and issubclass(kind, ModuleNotFoundError):
+        leave(2, f"error: {e}: pip install -r requirements.txt")
+    if failed:
+        leave(2, f"error: {failed} cannot be imported: {' '.join(str(e).split())[:240]}")
     if issubclass(kind, KeyboardInterrupt):
-        code, line = 130, "interrupted"
-    elif failed and issubclass(kind, ModuleNotFoundError):
-        code, line = 2, f"error: {e}: pip install -r requirements.txt"
-    elif failed:
-        code, line = 2, f"error: {failed} cannot be imported: {' '.join(str(e).split())[:240]}"
-    else:
-        return sys.__excepthook__(kind, e, trace)
+        leave(130, "interrupted")
+    sys.__excepthook__(kind, e, trace)
+
+
+def interrupt(number, frame):
+    """Ctrl-C before `run` and after it. An exception would rise inside of a library, and some catch
+    it there and say something else.
+    """
+    leave(130, "interrupted")
+
+
+def leave(code, line):
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {line}\n")
         sys.stderr.flush()
@@ -71,8 +82,28 @@ def ours():
     return HOME in Path(started).resolve().parents
 
 
+def heard(before, after):
+    """Ctrl-C goes to `after` if it went to `before`: who ignores it (nohup) goes on ignoring it."""
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGINT) is before:
+        signal.signal(signal.SIGINT, after)
+        return True
+
+
+@contextlib.contextmanager
+def interruptible():
+    """While a program works, Ctrl-C is an exception: what is half done is ended properly."""
+    taken = heard(interrupt, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if taken:
+            heard(signal.default_int_handler, interrupt)
+
+
 if ours():
     sys.excepthook = cut_short
+    heard(signal.default_int_handler, interrupt)
 
 
 # 1. Flags
@@ -228,10 +259,11 @@ def run(work, kind, program, about, argv=None, make=None):
             stream.reconfigure(errors="replace")
     p = parser(kind, program, about)
     try:
-        given = vars(p.parse_args(argv))
-        settings = make(given) if make else kind(**given)
-        work(check(settings))
-        sys.stdout.flush()
+        with interruptible():
+            given = vars(p.parse_args(argv))
+            settings = make(given) if make else kind(**given)
+            work(check(settings))
+            sys.stdout.flush()
     except BrokenPipeError:
         mute()
         sys.exit(1)
