@@ -6,7 +6,7 @@ Pictures of the lab: what variants reach, and how they differ when seeds are pai
     differences(ax, found, measure, base)   a row a variant: its seeds' differences to base's, their
                                             mean and its 95 % interval
     panels(found, {measure: unit}, title)   levels of several measures
-    curves(ax, found, curve)                a line a variant, in the band of its seeds
+    curves(ax, found, curve)                a line a variant, with its seeds around
     sweep(ax, found, measure, lines)        the same of single numbers: {line: {x: variant}}
     published(ax, xs, ys, label)            somebody else's numbers, in grey
     title(found, claim)                     the finding: the claim, and whether it holds here
@@ -37,9 +37,12 @@ def title(found, claim, wide=56):
     return textwrap.fill(said + claim.says, wide)
 
 
-def levels(ax, found, measure, unit=""):
-    """Horizontal bars, a variant each; its seeds are outlines."""
+def levels(ax, found, measure, unit="", wide=46):
+    """Horizontal bars, a variant each; its seeds are outlines. Below a bar's end stands its mean,
+    below a short one from zero on.
+    """
     values = found.values(measure)
+    longest = max((statistics.mean(ys.values()) for ys in values.values() if ys), default=0)
     for i, by_seed in enumerate(values.values()):
         ys = list(by_seed.values())
         if not ys:
@@ -48,17 +51,12 @@ def levels(ax, found, measure, unit=""):
         ax.barh(i, mean, 0.62, color=COLOURS[i % len(COLOURS)], alpha=0.45)
         for j, y in enumerate(ys):
             ax.plot(y, i, MARKERS[j % len(MARKERS)], color="0.2", mfc="none", ms=6, mew=1.3)
-        ax.text(
-            mean,
-            i + 0.42,
-            f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}",
-            ha="right",
-            va="center",
-            size=10,
-        )
-    ax.locator_params(axis="x", nbins=5)
+        end = dict(x=mean, ha="right") if mean > 0.4 * longest else dict(x=0, ha="left")
+        said = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}"
+        ax.text(y=i + 0.42, s=said, va="center", size=10, **end)
+    ax.locator_params(axis="x", nbins=max(3, wide // 9))
     ax.set_yticks(range(len(values)), [textwrap.fill(v, 18) for v in values])
-    ax.set(ylim=(len(values) - 0.4, -0.6), xlabel=textwrap.fill(unit, 40))
+    ax.set(ylim=(len(values) - 0.4, -0.6), xlabel=textwrap.fill(unit, wide))
 
 
 def differences(ax, found, measure, base, unit="", percent=False):
@@ -83,7 +81,7 @@ def differences(ax, found, measure, base, unit="", percent=False):
     ax.set_yticks(range(len(values)), [])
     note = f"({OUTLINES.format(seeds)})"
     what = f"minus “{base}”, {'percent of it' if percent else unit}"
-    ax.set(ylim=(len(values) - 0.4, -0.6), xlabel=textwrap.fill(what, 44) + "\n" + note)
+    ax.set(ylim=(len(values) - 0.4, -0.6), xlabel=textwrap.fill(what, 52) + "\n" + note)
 
 
 def paired(found, measure, base, unit, claim=None, percent=False):
@@ -103,14 +101,14 @@ def panels(found, measures, title):
     high = 1.9 + 0.5 * len(found.figure.variants)
     fig, axes = plot.sheet(1, len(measures), figsize=(11, high), sharey=True)
     for ax, (measure, unit) in zip(axes, measures.items()):
-        levels(ax, found, measure, textwrap.fill(unit, 24))
+        levels(ax, found, measure, unit, wide=72 // len(measures))
     fig.suptitle(title, x=0.01, ha="left", weight="bold")
     return fig
 
 
-def curves(ax, found, curve, names=True):
-    """Mean lines and the band from the lowest to the highest seed. names: at their ends, so that
-    the scale of y is set before.
+def curves(ax, found, curve, names=True, band=True):
+    """Mean lines and the band from the lowest to the highest seed, or a thin line a seed. names: at
+    their ends, so that the scale of y is set before.
     """
     ends = []
     for i, (variant, seeds) in enumerate(found.lines(curve).items()):
@@ -119,7 +117,10 @@ def curves(ax, found, curve, names=True):
         xs = sorted(set.intersection(*(set(line) for line in seeds.values())))
         ys = [[line[x] for line in seeds.values()] for x in xs]
         mean, colour = [statistics.mean(y) for y in ys], COLOURS[i % len(COLOURS)]
-        ax.fill_between(xs, list(map(min, ys)), list(map(max, ys)), color=colour, alpha=0.2, lw=0)
+        if band:
+            ax.fill_between(xs, [*map(min, ys)], [*map(max, ys)], color=colour, alpha=0.2, lw=0)
+        else:
+            ax.plot(xs, ys, color=colour, lw=0.8)
         marker = MARKERS[i % len(MARKERS)] + "-"
         style = dict(color=colour, lw=2, ms=6, markevery=max(1, len(xs) // 12), label=variant)
         ax.plot(xs, mean, marker, **style)

@@ -61,7 +61,7 @@ def budgets(ax, found):
     mean = [tuple(map(statistics.mean, zip(*points))) for points in zip(*lines)]
     ax.plot(*zip(*mean), "k-", lw=3)
     ax.set(xlabel="tokens a reply, thought and answer", ylabel="share right, held out")
-    ax.set_title(draw.title(found, CLAIMS[0], 44))
+    ax.set_title(draw.title(found, CLAIMS[0], 50))
     ax.text(0.98, 0.03, f"{len(lines)} seeds, and their mean", transform=ax.transAxes, ha="right")
 
 

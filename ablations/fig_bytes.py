@@ -70,10 +70,13 @@ def picture(found):
     draw.curves(a, found, "curve", names=False)
     a.legend(frameon=False)
     a.set(xscale="log", yscale="log", xlabel="tokens together", ylabel="MB of experts read a layer")
-    draw.levels(b, found, "sent", "numbers that a layer sends a token, each way")
+    draw.levels(b, found, "sent", "numbers sent a token and layer, each way")
     sent = {variant: by_seed[0] for variant, by_seed in found.values("sent").items()}
     eff, acc = sent[EFF] / sent[STANDARD], sent[ACC] / sent[STANDARD]
-    a.set_title(f"Of what standard experts send, eff sends {eff:.2g}, acc {acc:.2g}")
+    b.set_title(f"eff sends {eff:.2g} of standard's, acc {acc:.2g}")
+    read = {variant: by_seed[0] for variant, by_seed in found.values("read_64").items()}
+    part = read[EFF] / read[STANDARD]
+    a.set_title(f"For 64 tokens eff reads {part:.2g} of standard's")
     return fig
 
 

@@ -31,7 +31,7 @@ CLAIMS = (
 FIGURE = Figure(
     name="environments",
     claims=CLAIMS,
-    draw=lambda found: draw.paired(found, "sort off", BEFORE, "share of `sort` right", CLAIMS[2]),
+    draw=lambda found: draw.paired(found, "sort off", BEFORE, "share of “sort” right", CLAIMS[2]),
     variants={
         BEFORE: {},
         ALL: dict(practice=chain.ALL),

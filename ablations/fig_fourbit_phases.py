@@ -72,6 +72,7 @@ def picture(found):
     draw.published(ax, [0, 1], [1.0, 1.5], "12 G: below 1 %, then 1.5 %")
     ax.axhline(0, color="k", lw=1)
     ax.set_xticks([0, 1], ["learning rate up", "after the decay"])
+    ax.margins(y=0.12)
     ax.set(xlim=(-0.2, 1.6), ylabel="validation loss above fp32's, percent")
     ax.set_title(draw.title(found, CLAIMS[0], 90))
     ax.legend(frameon=False, loc="upper left")

@@ -57,10 +57,12 @@ def picture(found):
     """The share right against the number of pairs."""
     fig, ax = sheet(figsize=(8, 4.6))
     lines = [dict(r, variant=r["curve"], curve="right") for r in found.curves]
-    draw.curves(ax, Found(Figure("", (), variants=LAYERS), [], lines), "right")
     ax.axhline(0.1, color="0.3", ls="--", lw=1.2)
     ax.set(xlabel="pairs in a row", xticks=PAIRS, ylabel="share right (dashed: chance)")
-    ax.set_title(draw.title(found, CLAIMS[0], 80))
+    ax.set(ylim=(0, 1.03))
+    draw.curves(ax, Found(Figure("", (), variants=LAYERS), [], lines), "right", band=False)
+    ax.text(0.99, 0.02, "thin: a seed", transform=ax.transAxes, ha="right", size=10)
+    ax.set_title(draw.title(found, CLAIMS[0]))
     return fig
 
 

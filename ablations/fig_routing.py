@@ -82,7 +82,7 @@ CLAIMS = (
 
 
 def picture(found):
-    return draw.paired(found, "max_vio", "neither", "MaxVio, mean of the second half")
+    return draw.paired(found, "max_vio", "neither", "MaxVio: busiest expert over the mean, minus 1")
 
 
 FIGURE = Figure(

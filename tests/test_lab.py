@@ -4,6 +4,7 @@ equal.
 """
 
 import contextlib
+import itertools
 import os
 import runpy
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 import checkpoint
@@ -22,7 +25,17 @@ import data
 import plot
 import train
 from ablations import __main__ as gallery
-from ablations import age, cells, figure, lab, recall, small, verdict
+from ablations import (
+    age,
+    cells,
+    draw,
+    fig_fourbit_errors,
+    figure,
+    lab,
+    recall,
+    small,
+    verdict,
+)
 from ablations.verdict import Claim
 from config import PRESETS, Config
 from model import Nemotron
@@ -475,6 +488,37 @@ def test_the_gallery_is_its_receipts_and_its_pictures():
     assert measured <= kept <= {made.name for made in FIGURES}
 
 
+def written(fig):
+    """(text, its box in pixels) of all that stands in a picture; ticks out of sight do not."""
+    FigureCanvasAgg(fig).draw()
+    unseen = set()
+    for ax in fig.axes:
+        for axis, ends in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                if not min(ends) <= tick.get_loc() <= max(ends):
+                    unseen |= {tick.label1, tick.label2}
+    for text in fig.findobj(Text):
+        if text not in unseen and text.get_visible() and text.get_text().strip():
+            yield text.get_text(), text.get_window_extent(fig.canvas.get_renderer())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", FIGURES, ids=lambda f: f.name)
+def test_nothing_written_in_a_picture_is_cut_or_covered(made):
+    """As it is saved, 160 dots an inch: all texts within the sheet, and three dots between two."""
+    with plot.plt.rc_context(plot.STYLE):
+        fig = made.draw(figure.look(made))
+        fig.set_dpi(plot.STYLE["savefig.dpi"])
+        texts = list(written(fig))
+    assert len(texts) > 5
+    for said, box in texts:
+        cut = box.x0 < 0 or box.y0 < 0 or box.x1 > fig.bbox.x1 or box.y1 > fig.bbox.y1
+        assert not cut, f"{said!r} leaves the picture"
+    for (one, a), (two, b) in itertools.combinations(texts, 2):
+        beside = min(a.x1, b.x1) - max(a.x0, b.x0) <= -3
+        assert beside or min(a.y1, b.y1) - max(a.y0, b.y0) < 2, f"{one!r} covers {two!r}"
+
+
 FILES = sorted((ROOT / "ablations").glob("fig_*.py"))
 
 
@@ -498,6 +542,10 @@ def test_this_file_can_fail(tmp_path, monkeypatch):
     assert verdict.judge([1.0, -1.0, 0.5]).words == "reproduces"
     with pytest.raises(AssertionError):
         test_three_verdicts_and_what_is_none([1.0, -1.0, 0.5], "inside the spread (at least 157")
+    wide = lambda found: draw.panels(found, dict(wgrad="dw", fprop="y"), "A title " * 20)
+    with pytest.raises(AssertionError, match="leaves the picture"):
+        made = replace(fig_fourbit_errors.FIGURE, draw=wide)
+        test_nothing_written_in_a_picture_is_cut_or_covered(made)
     monkeypatch.setattr(age, "plain", lambda source: "")
     with pytest.raises(AssertionError):
         test_a_row_names_the_code_that_made_it(tmp_path / "codes", monkeypatch)
