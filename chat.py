@@ -75,9 +75,14 @@ class Part(NamedTuple):
     learned: bool = False
 
 
+def as_json(value):
+    """A value as JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def spell(value):
     """A value as the template prints it: JSON if it has parts, else as Python says it."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    return as_json(value) if isinstance(value, (dict, list)) else str(value)
 
 
 def describe(tools, how_to_call=None):
@@ -93,20 +98,21 @@ def describe(tools, how_to_call=None):
         schema = tool.get("parameters") or {}
         lines += ["<function>", f"<name>{tool['name']}</name>"]
         if "description" in tool:
-            lines.append(f"<description>{tool['description'].strip()}</description>")
+            lines.append(f"<description>{str(tool['description']).strip()}</description>")
         lines.append("<parameters>")
-        for name, about in schema.get("properties", {}).items():
+        for name, about in (schema.get("properties") or {}).items():
+            about = about if isinstance(about, dict) else {}  # JSON schema's true: anything
             lines += ["<parameter>", f"<name>{name}</name>"]
             if "type" in about:
                 lines.append(f"<type>{about['type']}</type>")
             if "description" in about:
-                lines.append(f"<description>{about['description'].strip()}</description>")
+                lines.append(f"<description>{str(about['description']).strip()}</description>")
             if "enum" in about:
-                lines.append(f"<enum>{spell(about['enum'])}</enum>")
+                lines.append(f"<enum>{as_json(about['enum'])}</enum>")
             lines += [*rest(about, "name", "type", "description", "enum"), "</parameter>"]
         lines += rest(schema, "type", "properties", "required")
         if "required" in schema:
-            lines.append(f"<required>{spell(schema['required'])}</required>")
+            lines.append(f"<required>{as_json(schema['required'])}</required>")
         lines.append("</parameters>")
         lines += [*rest(tool, "type", "name", "description", "parameters"), "</function>"]
     lines.append("</tools>")
@@ -187,25 +193,25 @@ def parts(
     """`render`, in Parts."""
     system, rest = "", list(messages)
     if rest and rest[0]["role"] == "system":
-        system = rest.pop(0)["content"]
+        system = rest.pop(0).get("content") or ""
     about = "\n\n" * bool(system and tools) + (describe(tools, how_to_call) if tools else "")
     out = [Part(START, True), Part("system\n" + system + about), Part(END, True), Part("\n")]
     question = max((i for i, m in enumerate(rest) if m["role"] == "user"), default=-1)  # the last
     mode = "\n\n{reasoning effort: low}" * low_effort
     mode += "" if budget is None else f"\n\n{{thinking token budget: {budget}}}"
     for i, m in enumerate(rest):
-        role = m["role"]
+        role, content = m["role"], m.get("content", "")
         if role == "assistant":
             out += [Part(START, True), Part("assistant\n")]
             out += [*assistant(m, not truncate or i >= question, i > question), Part("\n")]
         elif role == "tool":
             if i and rest[i - 1]["role"] != "tool":  # results in a row share a turn
                 out += [Part(START, True), Part("user\n")]
-            out += [Part(RESULT, True), Part(f"\n{m['content']}\n"), Part(GIVEN, True), Part("\n")]
+            out += [Part(RESULT, True), Part(f"\n{content}\n"), Part(GIVEN, True), Part("\n")]
             if rest[i + 1 : i + 2] == [] or rest[i + 1]["role"] != "tool":
                 out += [Part(END, True), Part("\n")]
         else:
-            text = f"{role}\n{m['content']}" + mode * (i == question)
+            text = f"{role}\n{content}" + mode * (i == question)
             out += [Part(START, True), Part(text), Part(END, True), Part("\n")]
     if generate:
         out += [Part(START, True), Part("assistant\n"), Part(THINK, True)]
@@ -304,7 +310,8 @@ def parse(text):
         else:
             out.append(dict(role=role, content=body))
     if out and out[0]["role"] == "system":
-        out[0]["content"] = out[0]["content"].partition(TOOLS)[0].removesuffix("\n\n")
+        system, tools, _ = out[0]["content"].partition(TOOLS)
+        out[0]["content"] = system.removesuffix("\n\n") if tools else system
     return out[1:] if out and out[0] == dict(role="system", content="") else out
 
 

@@ -40,17 +40,18 @@ TEMPLATE = r"""
 {{ "<parameters>\n" }}
 {%- set schema = tool.parameters or {} -%}
 {%- for name, one in (schema.properties or {}).items() -%}
+{%- set one = one if one is mapping else {} -%}
 {{ "<parameter>\n<name>" ~ name ~ "</name>\n" }}
 {%- if one.type is defined -%}{{ "<type>" ~ one.type ~ "</type>\n" }}{%- endif -%}
 {%- if one.description is defined -%}
 {{ "<description>" ~ (one.description | trim) ~ "</description>\n" }}
 {%- endif -%}
-{%- if one.enum is defined -%}{{ "<enum>" ~ spelled(one.enum) ~ "</enum>\n" }}{%- endif -%}
+{%- if one.enum is defined -%}{{ "<enum>" ~ (one.enum | tojson) ~ "</enum>\n" }}{%- endif -%}
 {{ others(one, ["name", "type", "description", "enum"]) ~ "</parameter>\n" }}
 {%- endfor -%}
 {{ others(schema, ["type", "properties", "required"]) }}
 {%- if schema.required is defined -%}
-{{ "<required>" ~ spelled(schema.required) ~ "</required>\n" }}
+{{ "<required>" ~ (schema.required | tojson) ~ "</required>\n" }}
 {%- endif -%}
 {{ "</parameters>\n" ~ others(tool, ["type", "name", "description", "parameters"]) }}
 {{- "</function>\n" }}
@@ -80,7 +81,7 @@ TEMPLATE = r"""
 {%- endfor -%}
 {%- endmacro -%}
 {%- set first = messages and messages[0].role == "system" -%}
-{%- set system = messages[0].content if first else "" -%}
+{%- set system = (messages[0].content or "") if first else "" -%}
 {%- set rest = messages[1:] if first else messages -%}
 {{ "<|im_start|>system\n" ~ system ~ ("\n\n" if system and tools else "") }}
 {%- if tools -%}

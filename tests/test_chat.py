@@ -11,7 +11,7 @@ from hypothesis import strategies as some
 
 import chat
 import data
-from post import talks
+from post import release, talks
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = json.loads((ROOT / "tests/golden/chat.json").read_text(encoding="utf-8"))
@@ -94,6 +94,13 @@ def answer(draw, calls):
 @given(conversation())
 def test_what_is_rendered_can_be_read_back(messages):
     assert chat.parse(chat.render(messages, truncate=False)) == messages
+
+
+@pytest.mark.parametrize("tools", [None, [dict(name="f")]])
+@pytest.mark.parametrize("text", ["brief\n\n", "\n\n", "a\n\nb\n\n\n\n"])
+def test_line_breaks_that_a_system_text_ends_with_are_its_own(text, tools):
+    talk = [dict(role="system", content=text), dict(role="user", content="hi")]
+    assert chat.parse(chat.render(talk, tools)) == talk
 
 
 @settings(max_examples=60, deadline=None)
@@ -216,6 +223,40 @@ def test_arguments_may_be_json_text_as_the_interface_sends_them():
     turn = dict(role="assistant", content=None, tool_calls=[call])
     talks.check([ASK, turn, ASK, dict(role="assistant", content="x")], TOOLS)
     assert '<parameter=a>\n[1, "ü"]\n</parameter>' in chat.render([ASK, turn])
+
+
+# What a caller may leave out or leave null -> a piece of the text, as the released template has it
+ODD = [
+    (dict(role="user"), None, "<|im_start|>user\n<|im_end|>"),
+    (dict(role="tool"), None, "<tool_response>\n\n</tool_response>"),
+    (dict(role="assistant"), None, "assistant\n<think></think><|im_end|>"),
+    (dict(role="system"), None, "<|im_start|>system\n<|im_end|>"),
+    (ASK, dict(description=None), "<description>None</description>"),
+    (ASK, dict(parameters=None), "<name>f</name>\n<parameters>\n</parameters>"),
+    (ASK, dict(parameters=dict(properties=None)), "<parameters>\n</parameters>"),
+    (ASK, dict(parameters=dict(required=None)), "<required>null</required>"),
+    (ASK, dict(a=True), "<parameter>\n<name>a</name>\n</parameter>"),
+    (ASK, dict(a=dict(description=None)), "<description>None</description>"),
+    (ASK, dict(a=dict(enum=None)), "<enum>null</enum>"),
+    (ASK, dict(a=dict(enum="x")), '<enum>"x"</enum>'),
+    (ASK, dict(a=dict(default=None)), "<default>None</default>"),
+]
+
+
+@pytest.mark.parametrize("turn,tool,said", ODD)
+def test_what_is_left_out_or_null_is_said_as_in_the_release(turn, tool, said):
+    tools = [odd(tool)] if tool else None
+    assert said in chat.render([turn], tools)
+    jinja2 = pytest.importorskip("jinja2")
+    where = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    where.filters["tojson"] = json.dumps
+    text = where.from_string(release.template()).render(messages=[turn], tools=tools)
+    assert text == chat.render([turn], tools)
+
+
+def odd(tool):
+    """A tool named f: with these fields, or with this property a."""
+    return dict(dict(parameters=dict(properties=tool)) if "a" in tool else tool, name="f")
 
 
 def test_the_call_is_explained_in_our_own_words_or_in_anothers():
