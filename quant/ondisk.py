@@ -347,7 +347,7 @@ def views(path):
     Not safetensors' get_tensor: it looks at each tensor's first page, and the kernel reads
     megabytes around it. Here a page is read when it is needed (RANDOM), or, by `fetch`, a tensor at
     once (WILLNEED): as many bytes as are used. The mapping is private: writing to a view changes
-    no file.
+    no file. Numbers at an odd address are copied, for they cannot be looked at where they are.
     """
     table, begin = header(path)
     with open(path, "rb") as f:
@@ -357,7 +357,9 @@ def views(path):
     raw, out = torch.frombuffer(file, dtype=torch.uint8), {}
     for name, h in table.items():
         a, b = (begin + x for x in h["data_offsets"])
-        out[name] = raw[a:b].view(DTYPES[h["dtype"]]).view(h["shape"])
+        dtype = DTYPES[h["dtype"]]
+        here = raw[a:b].clone() if a % dtype.itemsize else raw[a:b]
+        out[name] = here.view(dtype).view(h["shape"])
         out[name].range = file, a // mmap.PAGESIZE * mmap.PAGESIZE, b
     return out
 

@@ -263,19 +263,24 @@ def swap(model, plan, kv=()):
     `backbone.layers.1.mixer.experts` is both of a layer's stacks. kv: attention layers whose keys
     and values are kept in FP8. Works on the meta device.
     """
+    there = dict(model.named_modules())
     for name, kind in plan.items():
         parent, _, child = name.rpartition(".")
-        if name.endswith(".experts"):
-            experts = model.get_submodule(name)
+        stacks, one = name.endswith(".experts"), there.get(name)
+        if not (hasattr(one, "up_proj") if stacks else isinstance(one, nn.Linear)):
+            raise ValueError(f"{name} cannot be {kind}: the model has no such matrix")
+        if stacks:
             for proj in ("up_proj", "down_proj"):
-                p = getattr(experts, proj)
-                delattr(experts, proj)
-                setattr(experts, proj, Stack(kind, *p.shape, device=p.device))
-            experts.mm = mm
+                p = getattr(one, proj)
+                delattr(one, proj)
+                setattr(one, proj, Stack(kind, *p.shape, device=p.device))
+            one.mm = mm
         else:
-            w = model.get_submodule(name).weight
+            w = one.weight
             setattr(model.get_submodule(parent), child, Packed(kind, *w.shape, device=w.device))
     for name in kv:
+        if not hasattr(there.get(name), "k_proj"):
+            raise ValueError(f"{name} cannot keep keys in FP8: the model has no attention there")
         for x in "kv":
             proj = model.get_submodule(f"{name}.{x}_proj")
             proj.register_buffer(f"{x}_scale", torch.ones((), device=proj.weight.device))

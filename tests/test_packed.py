@@ -210,7 +210,16 @@ def test_what_a_folder_may_not_say(tmp_path):
     def odd(t):
         t["backbone.layers.0.mixer.in_proj.weight"] = torch.zeros(328, 64, dtype=torch.int32)
 
+    def bare(t):
+        n = "backbone.layers.1.mixer.experts.0.up_proj.weight_scale"
+        t[n] = t[n].view(torch.uint8)
+
+    def keys(t):
+        t["backbone.layers.0.mixer.k_proj.k_scale"] = torch.ones(())
+
     cases = [
+        (dict(tensors=bare), "wrong dtype .*experts.0.up_proj.weight_scale is U8, it must be"),
+        (dict(tensors=keys), "layers.0.mixer cannot keep keys in FP8: the model has no attention"),
         (
             dict(config=other),
             "disagree about 1 modules, first backbone.layers.0.mixer.in_proj: NVFP4",
@@ -233,6 +242,26 @@ def test_what_a_folder_may_not_say(tmp_path):
         with pytest.raises(ValueError, match=message) as e:
             hf.load(changed(tmp_path / str(i), **change))
         assert "Traceback" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["backbone.norm_f", "backbone.layers.0", "lm_head.x", "a.experts"])
+def test_what_is_no_matrix_cannot_be_packed(name):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"{name} cannot be FP8: the model"):
+        packed.swap(Nemotron(Config.preset("toy")), {name: "FP8"})
+
+
+@torch.no_grad()
+def test_numbers_may_lie_at_any_address(tmp_path):
+    """The format aligns nothing: whoever writes tensors in another order may leave them so."""
+    out, want = changed(tmp_path, "nvfp4"), hf.load(GOLDEN / "nvfp4", lazy=True)
+    data = (out / "model.safetensors").read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    head = data[8 : 8 + n].rstrip() + b" "
+    head += b" " * (len(head) % 2 == 0)  # every number of two bytes or more is at an odd address
+    (out / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data[8 + n :])
+    ids = reference("nvfp4")["ids"]
+    for lazy in (False, True):
+        assert torch.equal(hf.load(out, lazy=lazy)(ids), want(ids))
 
 
 @pytest.mark.parametrize("lazy", [False, True])
