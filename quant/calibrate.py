@@ -209,7 +209,7 @@ def encode(w, kind, method="mse", H=None):
     idle = torch.ones(len(w), dtype=torch.bool)
     if method in ("output", "gptq"):
         idle = H.diagonal(dim1=1, dim2=2).sum(1) == 0
-    live = w.abs().amax((1, 2)) > 0
+    live = w.abs().amax((1, 2)) / 2688 > 0  # of what is as good as zero, no scale is left
     first = method if method in ("max", "mse") else "mse"
     s, two = torch.ones(*w.shape[:2], w.shape[2] // 16), torch.zeros(len(w), 1, 1)
     for some, how in ((live & idle, first), (live & ~idle, "mse" if method == "gptq" else method)):

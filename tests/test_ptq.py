@@ -94,12 +94,13 @@ def test_an_expert_that_no_token_chose_gets_finite_scales():
         idle = calibrate.encode(w[1:2], "NVFP4", "max" if method == "max" else "mse")
         assert torch.equal(t["weight"][1], idle["weight"][0])
         assert all(v.float().isfinite().all() for v in t.values())
-    w[2] = 0
-    for kind in ("NVFP4", "FP8"):
-        t = calibrate.encode(w, kind, "gptq", H)
-        assert all(v.float().isfinite().all() for v in t.values())
-        one = {k: v[2] for k, v in t.items()}
-        assert not packed.values(kind, one).any()
+    for nothing in (0, 1e-44):  # of which fp32 has no 2688th part
+        w[2] = nothing
+        for kind in ("NVFP4", "FP8"):
+            t = calibrate.encode(w, kind, "gptq", H)
+            assert all(v.float().isfinite().all() for v in t.values())
+            one = {k: v[2] for k, v in t.items()}
+            assert not packed.values(kind, one).any()
 
 
 def test_stacks_are_their_matrices_one_by_one():
@@ -111,6 +112,17 @@ def test_stacks_are_their_matrices_one_by_one():
         for e in range(4):
             one = calibrate.encode(w[e : e + 1], "NVFP4", method, H[e : e + 1])
             assert all(torch.equal(both[k][e], one[k][0]) for k in both)
+
+
+@pytest.mark.parametrize("method", calibrate.METHODS)
+@pytest.mark.parametrize("power", [-90, 100])
+def test_no_method_minds_how_large_the_weights_are(method, power):
+    """A power of two changes weight_scale_2 and nothing else, where a square is no fp32 either."""
+    w, x = torch.randn(2, 6, 48), torch.randn(2, 100, 48)
+    one, other = (calibrate.encode(w * 2.0**p, "NVFP4", method, x.mT @ x) for p in (0, power))
+    assert torch.equal(one["weight"], other["weight"])
+    assert torch.equal(one["weight_scale"].float(), other["weight_scale"].float())
+    assert torch.equal(one["weight_scale_2"] * 2.0**power, other["weight_scale_2"])
 
 
 def nll(model, ids):
