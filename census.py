@@ -210,6 +210,11 @@ def skeleton(config, tensors, plan=(), kv=()):
     return model
 
 
+def is_code(dtype, other):
+    """Whether one of two dtypes that differ has codes, which a copy would convert."""
+    return dtype != other and min(dtype.itemsize, other.itemsize) == 1
+
+
 def misfits(model, tensors):
     """What of these tensors does not fit the model, a line each."""
     whole, rows = model.state_dict(), places(model)
@@ -227,10 +232,7 @@ def misfits(model, tensors):
             wrong.append(
                 f"wrong shape  {name} {list(shape)}, the config makes it {list(place.shape)}"
             )
-        elif ondisk.DTYPES[dtype] != place.dtype and 1 in (
-            ondisk.DTYPES[dtype].itemsize,
-            place.itemsize,
-        ):  # codes are no numbers: a copy would convert them
+        elif is_code(ondisk.DTYPES[dtype], place.dtype):
             wrong.append(f"wrong dtype  {name} is {dtype}, it must be {place.dtype}")
     wrong += [f"missing      {name} {list(rows[name].shape)}" for name in rows if name not in found]
     wrong += [f"unexpected   {name}" for name in found if name not in rows]
