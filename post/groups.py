@@ -22,7 +22,8 @@ Letters   p prompts  g replies to each  b = p g  t time
           replies, pi_ref the one that practice began with
 Not here  the update that uses them: practice.py; a judge's rewards: rlhf.py
 Sources   arXiv:2604.12374 section 3.2 and its released configuration; arXiv:2402.03300 (groups)
-Departs   deviations below 1e-6 count as 0, which in the release fp32's rounding decides
+Departs   deviations below 1e-6, of rewards beyond 1 below 1e-6 of the largest, count as 0: in the
+          release fp32's rounding decides
 """
 
 from typing import NamedTuple
@@ -52,7 +53,8 @@ def advantages(r, malformed=None, clip=50.0, penalty=-5.0):
 
     b = others(r)
     s = ((others(r * r) - b**2).clamp(min=0) * ((g - 1) / max(1, g - 2))).sqrt()
-    a = torch.where(s > 1e-6, (r - b) / (s + 1e-6), r - b).clamp(-clip, clip)
+    least = 1e-6 * r.abs().amax(1, keepdim=True).clamp(min=1)  # what rounding leaves of 0
+    a = torch.where(s > least, (r - b) / (s + 1e-6), r - b).clamp(-clip, clip)
     return (a if malformed is None else a.masked_fill(malformed, penalty)).float()
 
 
@@ -72,7 +74,8 @@ def weights(old, gen, mask, who, most=5.0, threshold=2.0, replies=0):
     apart, b = (old - gen) * mask, replies or int(who.max()) + 1
 
     def by_reply(x):
-        return mask.new_zeros(b).index_add(0, who.flatten(), (x * mask).flatten())
+        x = (x * mask).flatten()
+        return x.new_zeros(b).index_add(0, who.flatten(), x)
 
     error = by_reply(apart.abs().exp()) / by_reply(torch.ones_like(mask)).clamp(min=1)
     return apart.exp().clamp(max=most), mask * (error <= threshold)[who], error

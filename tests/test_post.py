@@ -49,10 +49,13 @@ def close(got, want, tolerance=1e-6):
         ([0.3] * 5, [0] * 5),
         ([1, 0], [1, -1]),
         ([1, 0.3, 0.3, 0.3], [0.7, -THIRD, -THIRD, -THIRD]),
+        ([96.6, 99.9, 99.9, 99.9], [-3.3, THIRD, THIRD, THIRD]),  # no sum of squares is exact
     ],
 )
 def test_advantages(r, a):
-    close(groups.advantages(T([r], dtype=torch.float32))[0], a, 2e-5)  # 1e-6 beside s, as released
+    for dtype in (torch.float32, torch.float64):
+        got = groups.advantages(T([r], dtype=dtype))[0]
+        close(got, a, 2e-5)  # 1e-6 beside s, as released
 
 
 def test_advantages_are_clipped_and_malformed_replies_overwritten_after_that():
