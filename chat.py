@@ -137,10 +137,32 @@ def thought(message, keep):
 
 def calls(message):
     """(name, arguments) of a message's tool calls."""
-    for call in message.get("tool_calls") or ():
-        call = call.get("function", call)
-        given = call.get("arguments") or {}
-        yield call["name"], json.loads(given) if isinstance(given, str) else given
+    try:
+        return [one_call(call.get("function", call)) for call in message.get("tool_calls") or ()]
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise ValueError("a tool call without a name or with bad arguments") from None
+
+
+def one_call(call):
+    given = call.get("arguments") or {}
+    given = json.loads(given) if isinstance(given, str) else given
+    if not isinstance(call["name"], str) or not isinstance(given, dict):
+        raise ValueError
+    return call["name"], given
+
+
+def turns(messages):
+    """A list of messages. ValueError for one that has no role, or no text where the template would
+    print what is there.
+    """
+    found = list(messages)
+    for i, m in enumerate(found):
+        role, said = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
+        if not isinstance(role, str):
+            raise ValueError(f"turn {i} has no role: {m!r:.60}")
+        if not isinstance(said, str) and not (role == "assistant" and said is None):
+            raise ValueError(f"turn {i} ({role}) has the content {said!r:.60}, which is no text")
+    return found
 
 
 def assistant(message, keep, learned):
@@ -161,7 +183,7 @@ def spoken(message, keep):
     """The same turn as (text, whether it is a special token) pairs, none of them empty."""
     pieces = re.split(f"({THINK}|{ENOUGH})", thought(message, keep))
     body = [(text, text in (THINK, ENOUGH)) for text in pieces]
-    some = list(calls(message))
+    some = calls(message)
     if some:
         body.append(("\n", False))
     for name, given in some:
@@ -191,7 +213,9 @@ def parts(
     how_to_call=None,
 ):
     """`render`, in Parts."""
-    system, rest = "", list(messages)
+    if budget is not None and (type(budget) is not int or budget < 0):
+        raise ValueError(f"a budget of {budget!r} tokens")
+    system, rest = "", turns(messages)
     if rest and rest[0]["role"] == "system":
         system = rest.pop(0).get("content") or ""
     about = "\n\n" * bool(system and tools) + (describe(tools, how_to_call) if tools else "")
@@ -368,6 +392,8 @@ def grow(weights, vocab):
     out = dict(weights)
     for name in ("backbone.embeddings.weight", "lm_head.weight"):
         table = weights[name]
+        if not len(table):
+            raise ValueError(f"{name} has no row to begin new ones with")
         new = max(0, vocab - len(table))
         out[name] = torch.cat([table, table.mean(0).expand(new, -1)])
     return out

@@ -27,7 +27,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
+import stat
 import sys
 import threading
 from dataclasses import dataclass, fields
@@ -308,7 +310,18 @@ def part(line):
 
 def document(path, kind=dict):
     """A JSON file -> the dict (or what kind says) in it."""
-    return parsed(Path(path).read_bytes(), path, kind)
+    return parsed(Path(ending_file(path)).read_bytes(), path, kind)
+
+
+def ending_file(path):
+    """path, if reading it comes to an end: ValueError for a pipe, which nobody may ever write, and
+    for a device. What this process was started with (/dev/stdin, a shell's <(...)) may be either.
+    """
+    kind, name = os.stat(path).st_mode, str(path)
+    given = name == os.devnull or re.match(r"/dev/(stdin$|fd/)|/proc/[^/]+/fd/", name)
+    if not (given or stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise ValueError(f"{path} is a pipe or a device, where a file belongs")
+    return path
 
 
 def parsed(raw, path, kind=dict):
@@ -324,8 +337,13 @@ def parsed(raw, path, kind=dict):
 
 def text(path):
     """A UTF-8 file -> its text, without a byte order mark."""
+    return spelled(Path(ending_file(path)).read_bytes(), path)
+
+
+def spelled(raw, path):
+    """The same of bytes that were read from there. All line breaks become one kind."""
     try:
-        return Path(path).read_text("utf-8-sig")  # \r\n becomes \n
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         byte = e.object[e.start]
         raise ValueError(f"{path} is not UTF-8: byte {byte:#04x} at {e.start:,}") from None

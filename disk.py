@@ -194,7 +194,7 @@ def cell(text):
 
 def read_log(path):
     """A csv as a list of dicts of numbers; an empty cell stays empty."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with open(command.ending_file(path), newline="", encoding="utf-8-sig") as f:
         rows = csv.DictReader(f, restval="")
         try:
             return [{k: cell(v) for k, v in r.items() if k is not None} for r in rows]

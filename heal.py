@@ -24,6 +24,7 @@ Sources   arXiv:2604.12374 section 3.2: frozen backbone, NLL, the final model's 
           The mean instead of one draw, the schedule and the sizes are ours
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,11 @@ def heal(model, ids, steps, lr=1e-3, batch=16, seed=0, number=None, mask=None):
     Of rows that hold several documents, number (n, t) says which (post/pack.py), and mask (n, t)
     which tokens are the model's own words.
     """
+    if ids.ndim != 2 or not len(ids) or min(batch, steps) < 1 or not 0 < lr < math.inf:
+        raise ValueError(
+            f"texts {tuple(ids.shape)}, {steps} steps of {batch} at a rate of {lr}: (n, t), and "
+            "each above 0"
+        )
     length = ids.shape[1] - (number is not None)
     if length <= model.mtp.depths:
         raise ValueError(f"texts of {length} tokens leave nothing to learn {model.mtp.depths} deep")
@@ -162,7 +168,7 @@ def mend(a):
     model, enc, step = sample.load_run(a.run, command.device(a.device, mps=False))
     if model.mtp is None:
         raise ValueError(f"{a.run} has no MTP block to heal")
-    questions = a.tasks or saved["run"].get("tasks", "")
+    questions = a.tasks or saved.setting("tasks", str, "")
     show, texts = (talking if questions else writing)(a, saved, model, enc, questions)
     show("before")
     for i, each in enumerate(heal(model, texts[0], a.steps, a.lr, a.batch, a.seed, *texts[1:]), 1):
@@ -182,7 +188,7 @@ def mend(a):
 
 def writing(a, saved, model, enc, _):
     """Of a run on text -> how to show acceptance, and the texts to learn from."""
-    corpus = data.corpus(saved.setting("data"))
+    corpus = data.corpus(saved.setting("data", str))
     data.same_text(corpus, saved)
     train, val = (data.encode(enc, part) for part in (corpus.train, corpus.val))
 
@@ -207,7 +213,7 @@ def talking(a, saved, model, enc, questions):
     if chat.END not in enc.special_tokens_set:
         raise ValueError(f"{a.run} knows no {chat.END}: only what sft.py made answers questions")
     mixture, end = tasks.mixture(questions), enc.encode_single_token(chat.END)
-    room, device = saved["run"].get("room", 40), model.lm_head.weight.device
+    room, device = saved.setting("room", int, 40), model.lm_head.weight.device
     draw = torch.Generator(device).manual_seed(a.seed)
 
     def show(when):

@@ -99,13 +99,15 @@ def opened(a):
     if not a.hf:
         saved = checkpoint.read(a.run)
         model, enc, _ = sample.load_run(a.run)
-        return Held(model), enc, a.data or saved.setting("data")
+        return Held(model), enc, a.data or saved.setting("data", str)
     source = hf.Parts(a.hf)
     return source, sample.ids_of(a.hf, source.config.vocab_size), a.data or "stdlib"
 
 
 def windows(tokens, count, length, what):
     """Windows (n, t+1) spread evenly over tokens, `count` tokens in all."""
+    if min(count, length) < 1:
+        raise ValueError(f"{what}: {count} tokens in sequences of {length}")
     n = max(1, count // length)
     if len(tokens) < n + length + 1:
         raise ValueError(

@@ -130,8 +130,8 @@ class Talks:
         self.run, self.talks, self.mixture = run, None, tasks.mixture(run.tasks)
         digest = hashlib.sha256(run.data.encode())
         if run.data != "tasks":
-            self.talks = talks.read(run.data)
-            digest = hashlib.sha256(Path(run.data).read_bytes())
+            raw = Path(command.ending_file(run.data)).read_bytes()  # once: a pipe has no more
+            self.talks, digest = talks.read(run.data, raw), hashlib.sha256(raw)
         self.sha = digest.hexdigest()
         if saved and saved["corpus_sha256"] != self.sha:
             raise ValueError(f"{run.data} is not what this run was trained on")

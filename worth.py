@@ -157,7 +157,7 @@ def work(flags):
     if "questions" in saved["run"]:
         raise ValueError(f"{flags.run} learned to answer questions: no text is held out for it")
     model, enc, step = sample.load_run(flags.run)
-    corpus, length = data.corpus(saved.setting("data")), saved.setting("length")
+    corpus, length = data.corpus(saved.setting("data", str)), saved.setting("length", int)
     data.same_text(corpus, saved)
     val = data.encode(enc, corpus.val)
     rows = data.windows(val, flags.eval_tokens, length, corpus.unit)

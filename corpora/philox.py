@@ -18,4 +18,7 @@ import numpy as np
 
 def philox(seed, step, n):
     """n uint64 that depend on (seed, step) alone: integers from 0 on."""
-    return np.random.Philox(key=np.array([index(seed), index(step)], np.uint64)).random_raw(n)
+    key = index(seed), index(step)
+    if min(key) < 0:
+        raise ValueError(f"seed {seed}, step {step}: neither is below 0")
+    return np.random.Philox(key=np.array(key, np.uint64)).random_raw(n)

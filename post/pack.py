@@ -55,19 +55,30 @@ class Docs:
             there = (data.send(x, device) for x in (self.number, self.last, self.first))
             self.number, self.last, self.first = there
 
+    def fits(self, x):
+        """ValueError unless x (b, t, ...) has these rows of tokens."""
+        if x.shape[:2] != self.last.shape:
+            raise ValueError(f"{tuple(x.shape)} for documents in {tuple(self.last.shape)} tokens")
+
     def end(self, x):
         """x (b, t, ...) with 0 at every document's last token, whose next is another document's."""
+        self.fits(x)
         return x.masked_fill(self.last.view(*x.shape[:2], *[1] * (x.ndim - 2)), 0)
 
     def restart(self, x, dt, A):
         """x (b, t, h, p), dt (b, t, h) and A (h,) of the recurrence -> x', dt', with which it
         forgets before every document, and writes the same.
         """
+        self.fits(x)
+        self.fits(dt)
         far = dt + self.first[..., None] * (-BITS * LN2 / A)
         return x * (dt / far)[..., None].to(x.dtype), far
 
     def apart(self, x, k):
         """x (b, t, w) with k-1 zeros between documents -> (b, longer, w), and the way back."""
+        self.fits(x)
+        if k < 1:
+            raise ValueError(f"{k} taps: at least 1")
         at = torch.arange(x.shape[1], device=x.device) + (k - 1) * self.number  # (b, t)
         at = at[..., None].expand_as(x)
         length = x.shape[1] + (k - 1) * self.edges
@@ -82,7 +93,7 @@ def pack(documents, length):
     rows, room = [], []
     for i in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
         n = len(documents[i])
-        if n > length:
+        if not n <= length:
             raise ValueError(f"conversation {i} has {n} tokens, more than a row of {length}")
         row = next((r for r, left in enumerate(room) if left >= n), None)
         if row is None:

@@ -82,8 +82,8 @@ class Practice:
         self.draw = torch.Generator(device).manual_seed(run.seed)
         self.curriculum = tasks.Curriculum(rates=saved and saved["rates"])
         if saved:
-            with checkpoint.fitting(f"{here.path}: its optimiser or generator"):
-                self.opt.load_state_dict(saved["optimizer"])
+            checkpoint.moments(self.opt, saved["optimizer"], f"{here.path}: its optimiser")
+            with checkpoint.fitting(f"{here.path}: its generator"):
                 self.draw.set_state(saved["draw"])
         total = sum(p.numel() for p in self.model.parameters())
         rest = total - sum(p.numel() for p in self.params)

@@ -21,10 +21,12 @@ import command
 import chat
 
 
-def read(path):
-    """A .jsonl -> (messages, tools) for every question in it. ValueError names the line."""
-    out = []
-    for i, line in enumerate(command.text(path).split("\n"), 1):
+def read(path, raw=None):
+    """A .jsonl -> (messages, tools) for every question in it. ValueError names the line. raw: its
+    bytes, if they have been read.
+    """
+    out, text = [], command.text(path) if raw is None else command.spelled(raw, path)
+    for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -82,19 +84,13 @@ def check(messages, tools=None):
         if not isinstance(m.get("reasoning_content") or "", str):
             raise ValueError(f"turn {i} has a reasoning_content that is no text")
         try:
-            wanted = list(chat.calls(m))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"turn {i} has a tool call without a name or with bad arguments"
-            ) from None
-        for name, given in wanted:
-            if not isinstance(name, str) or name not in known:
+            wanted = chat.calls(m)
+        except ValueError as e:
+            raise ValueError(f"turn {i} has {e}") from None
+        for name, _ in wanted:
+            if name not in known:
                 raise ValueError(
                     f"turn {i} calls {name!r}, which is none of its tools: {sorted(known)}"
-                )
-            if not isinstance(given, dict):
-                raise ValueError(
-                    f"turn {i} calls {name!r} with {given!r}, which names no parameters"
                 )
         said = (content or "").strip() or wanted or (m.get("reasoning_content") or "").strip()
         if m["role"] == "assistant" and not said:

@@ -149,8 +149,8 @@ def problems(weights, n, seed, held=False, level=None):
     """n problems and a mode for each, a pure function of the seed. weights: a `mixture`; level: a
     function of (draw, task), or all are as frequent; held: only questions that training never asks.
     """
-    if n < 0:
-        raise ValueError(f"{n} problems")
+    if type(n) is not int or n < 0 or not weights or not weights.keys() <= TASKS.keys():
+        raise ValueError(f"{n} problems of {list(weights)}: the tasks are {', '.join(TASKS)}")
     draw, out = random.Random(seed), []
     while len(out) < n:
         name = draw.choices(list(weights), list(weights.values()))[0]

@@ -142,6 +142,10 @@ def assign(score, sizes, bits):
     """
     if not score or not all(math.isfinite(x) for s in score.values() for x in s.values()):
         raise ValueError("no units to choose for, or a score that is not a finite number")
+    if wrong := [u for u, s in score.items() if not (s and s.keys() <= BITS.keys())]:
+        raise ValueError(f"{wrong[0]} has scores of {list(score[wrong[0]])}: formats are {[*BITS]}")
+    if wrong := [u for u in score if type(sizes.get(u)) is not int or sizes[u] < 1]:
+        raise ValueError(f"{wrong[0]} has {sizes.get(wrong[0])} weights: an integer above 0")
     if not 0 < bits < math.inf:
         raise ValueError(f"{bits} bits a weight: above 0, and finite")
     cost = {u: {f: round(2 * BITS[f]) * sizes[u] for f in s} for u, s in score.items()}  # half bits

@@ -192,11 +192,14 @@ def encode(w, kind, method="mse", H=None):
     """
     if kind not in packed.KINDS or method not in METHODS:
         raise ValueError(f"{kind} by {method}: {', '.join(packed.KINDS)} by {', '.join(METHODS)}")
+    if w.ndim != 3 or not w.numel() or not nvfp4.wide(w) or not w.float().isfinite().all():
+        raise ValueError(f"matrices {tuple(w.shape)}, {w.dtype}: (E, o, i) of finite numbers")
     w = w.detach().float()
-    if w.ndim != 3 or not w.isfinite().all():
-        raise ValueError(f"matrices {tuple(w.shape)}: (E, o, i), and finite numbers")
-    if H is not None and H.shape != (len(w), w.shape[2], w.shape[2]):
-        raise ValueError(f"H is {tuple(H.shape)} beside matrices {tuple(w.shape)}")
+    if H is None and method in ("output", "gptq"):
+        raise ValueError(f"{method} needs H, the inputs' correlations")
+    square = (len(w), w.shape[2], w.shape[2])
+    if H is not None and (H.shape != square or not H.isfinite().all()):
+        raise ValueError(f"H is {tuple(H.shape)} beside matrices {tuple(w.shape)}, or not finite")
     if kind == "FP8":
         low = w.bfloat16()  # a BF16 weight's quotient is rounded to BF16, as in the release
         exact = torch.equal(low.float(), w)

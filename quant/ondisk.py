@@ -297,7 +297,7 @@ def header(path):
     """
     if not isinstance(path, (str, Path)):
         raise ValueError(f"{path!r:.60} is no path")
-    path = Path(path)
+    path = Path(command.ending_file(path))
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")

@@ -63,6 +63,8 @@ def table(kind, device):
 
 def e4m3_numbers(codes):
     """E4M3 codes (...) -> their numbers (...) in fp32."""
+    if codes.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"codes in {codes.dtype}: E4M3 is read")
     raw = codes.contiguous().view(torch.uint8).flatten()
     if len(raw) % 2 or raw.storage_offset() % 2:
         raw = F.pad(raw, (0, len(raw) % 2))  # a copy: whole pairs, on an even address
@@ -77,6 +79,11 @@ def nvfp4_values(codes, scales, two):
     The scales are multiplied first and rounded, as the release's readers do: (q s) two has another
     last bit.
     """
+    if codes.dtype != torch.uint8 or codes.numel() != 8 * scales.numel() or two.numel() != 1:
+        raise ValueError(
+            f"codes {tuple(codes.shape)}, {codes.dtype}, scales {tuple(scales.shape)} and "
+            f"{two.numel()} of all: a scale for 8 bytes"
+        )
     s = e4m3_numbers(scales).mul_(two)
     pairs = table("NVFP4", codes.device).index_select(0, codes.flatten().int())
     return pairs.view(torch.float32).view(*scales.shape, 16).mul_(s[..., None]).flatten(1)
@@ -205,8 +212,11 @@ class Packed(Codes):
 
     def forward(self, x):
         t = self.tensors()
-        rows = self.incoming(x.flatten(0, -2), t)
-        return product(rows, self.kind, t, self.fast).view(*x.shape[:-1], -1)
+        o, i = self.shape
+        if x.shape[-1] != i:
+            raise ValueError(f"x is {tuple(x.shape)} before a matrix of {o} x {i}")
+        rows = self.incoming(x.reshape(-1, i), t)
+        return product(rows, self.kind, t, self.fast).view(*x.shape[:-1], o)
 
     def dense(self):
         """The matrix it stands for, (o, i) fp32."""
@@ -311,9 +321,20 @@ def refuse(model, what):
         )
 
 
+def scales(m):
+    """(name, scale) of what a module rounds as serving does: inputs, keys and values."""
+    for tensors in [m._buffers, *(getattr(m, "loose", None) or ())]:
+        for name in ("input_scale", *CACHE):
+            if tensors.get(name) is not None:
+                yield name, tensors[name]
+
+
 def rounded(model, on=True):
     """Whether inputs, keys and values are rounded as in serving (W4A4, W8A8), or not (W4A16)."""
-    for m in model.modules():
+    for name, m in model.named_modules():
+        for leaf, scale in scales(m) if on else ():
+            if not ((scale > 0) & scale.isfinite()).all():
+                raise ValueError(f"{name}: its {leaf} is not above 0, so nothing can be rounded")
         if isinstance(m, Codes):
             m.act = on
         if hasattr(m, "round_cache"):

@@ -41,6 +41,8 @@ def philox(counter, key, rounds=10):
     """Philox4x32: counter (n,) int64, key of 64 bits, an int or an int64 () -> (n, 4) random words,
     int64 below 2^32.
     """
+    if not 1 <= rounds <= MOST:
+        raise ValueError(f"{rounds} rounds of Philox: 1 to {MOST}")
     c = [counter & LOW, counter >> 32 & LOW, torch.zeros_like(counter), torch.zeros_like(counter)]
     k0, k1 = key & LOW, key >> 32 & LOW
     for _ in range(rounds):
@@ -66,12 +68,13 @@ def mix(key):
 def to_fp16(S, r=None):
     """fp32 -> fp16's numbers, in fp32: to the nearest; or, with r (13 bits each), at random.
 
-    What is beyond fp16 becomes its largest number, 65,504.
+    What is beyond fp16 becomes its largest number, 65,504; what is infinite or NaN, NaN.
     """
+    S = S + (S - S)  # adds nothing, or NaN: an infinity must not pass for a number
     if r is None:
         return S.clamp(-65504, 65504).half().float()
-    if r.shape != S.shape:
-        raise ValueError(f"random numbers {tuple(r.shape)} for a state {tuple(S.shape)}")
+    if r.shape != S.shape or S.dtype != torch.float32:
+        raise ValueError(f"random numbers {tuple(r.shape)} for a state {tuple(S.shape)}, {S.dtype}")
     magnitude = S.abs()
     small = magnitude < 2**-14
     bits = magnitude.view(torch.int32) + r.int()  # carries into the tenth bit as often as it should
@@ -84,7 +87,7 @@ def to_blocks(S, kind, r=None, block=128):
     """fp32 -> int8's, int16's or E4M3's numbers with a scale for each run of `block` of them, in
     fp32.
     """
-    if S.numel() % block:
+    if block < 1 or S.numel() % block:
         raise ValueError(f"a state of {S.numel()} numbers does not divide into blocks of {block}")
     x, top = S.reshape(-1, block), TOPS[kind]
     scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / top
@@ -151,6 +154,8 @@ def drifts(kind, rounds, memories, tokens=8192, size=(8, 128), seed=0):
     a head counts up over a long text. Inputs that cancel dither the sum, and nothing drifts. Bias:
     the error along S itself, negative where the state is too small.
     """
+    if not all(0 < m < float("inf") for m in memories) or tokens < 1:
+        raise ValueError(f"memories {memories} over {tokens} tokens: all above 0")
     g, memory = torch.Generator().manual_seed(seed), torch.tensor(memories)[:, None, None]
     store, a = Store(kind, rounds, seed), (-1 / memory).exp()
     exact = rounded = torch.zeros(len(memories), *size)

@@ -81,7 +81,7 @@ def branch(folder, start):
         if checkpoint.number(p) > start
     ][::-1]
     logs = [folder / n for n in ("log.csv", "load.json") if later or not start]
-    logs = [p for p in logs if p.exists()]
+    logs = [p for p in logs if p.is_file()]
     prefix = left(folder)
     for p in logs:
         disk.write(p.with_name(prefix + p.name), lambda f, p=p: f.write(p.read_bytes()))
