@@ -131,7 +131,18 @@ def test_moments_of_another_shape_are_refused(run, tmp_path):
 
 
 def test_every_merged_checkpoint_is_of_the_same_text(run, tmp_path):
-    for said in refusals(run, tmp_path, ("corpus_sha256",), "x", ["merge", "heal", "worth"]):
+    """Not the first alone."""
+    newest = checkpoint.steps(run)[-1]
+    later = newest.with_name("step-00000002.pt")
+    later.write_bytes(newest.read_bytes())
+    merge = ["--out", str(run.parent), "--name", run.name, "--merge", "2"]
+    given = Input("merge", lambda: train.cli(merge))
+    assert tried(given._replace(codes=(0,)))[0] == "clean"
+    checkpoint.store(later, dict(checkpoint.read(run), corpus_sha256="x"))
+    how, said = tried(given)
+    later.unlink()
+    assert how == "clean" and "not the text" in said
+    for said in refusals(run, tmp_path, ("corpus_sha256",), "x", ["heal", "worth", "resume"]):
         assert "not the text" in said
 
 
