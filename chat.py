@@ -138,30 +138,28 @@ def thought(message, keep):
 def calls(message):
     """(name, arguments) of a message's tool calls."""
     try:
-        return [one_call(call.get("function", call)) for call in message.get("tool_calls") or ()]
+        some = [one_call(call.get("function", call)) for call in message.get("tool_calls") or ()]
     except (LookupError, TypeError, AttributeError, ValueError):
         raise ValueError("a tool call without a name or with bad arguments") from None
+    for name, given in some:
+        if not isinstance(name, str) or not isinstance(given, dict):
+            raise ValueError(f"a call of {name!r:.60} with {given!r:.60}, which names no parameters")
+    return some
 
 
 def one_call(call):
     given = call.get("arguments") or {}
-    given = json.loads(given) if isinstance(given, str) else given
-    if not isinstance(call["name"], str) or not isinstance(given, dict):
-        raise ValueError
-    return call["name"], given
+    return call["name"], json.loads(given) if isinstance(given, str) else given
 
 
 def turns(messages):
-    """A list of messages. ValueError for one that has no role, or no text where the template would
-    print what is there.
+    """A list of messages; ValueError for one without a role. Any content is said as the template
+    says it.
     """
     found = list(messages)
     for i, m in enumerate(found):
-        role, said = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
-        if not isinstance(role, str):
+        if not isinstance(m, dict) or not isinstance(m.get("role"), str):
             raise ValueError(f"turn {i} has no role: {m!r:.60}")
-        if not isinstance(said, str) and not (role == "assistant" and said is None):
-            raise ValueError(f"turn {i} ({role}) has the content {said!r:.60}, which is no text")
     return found
 
 
