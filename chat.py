@@ -143,7 +143,7 @@ def calls(message):
         raise ValueError("a tool call without a name or with bad arguments") from None
     for name, given in some:
         if not isinstance(name, str) or not isinstance(given, dict):
-            raise ValueError(f"a call of {name!r:.60} with {given!r:.60}, which names no parameters")
+            raise ValueError(f"a call of {name!r:.60} with {given!r:.60}: it names no parameters")
     return some
 
 
