@@ -36,7 +36,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.error import URLError
 
-from bounds import ENDLESS, brief, check, flag, kinds, knob, value
+from bounds import ENDLESS, check, flag, kinds, knob, value
 
 HOME = Path(__file__).resolve().parent
 
@@ -329,7 +329,7 @@ def parsed(raw, path, kind=dict):
     try:
         found = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, or nested without end
-        raise ValueError(f"{path} is no JSON: {brief(str(e))[1:-1]}") from None
+        raise ValueError(f"{path} is no JSON: {str(e)[:160]}") from None
     if not isinstance(found, kind):
         raise ValueError(f"{path} holds a {type(found).__name__} where a {kind.__name__} belongs")
     return found
