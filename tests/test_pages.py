@@ -5,7 +5,6 @@ docs/*.md and notebooks/*.md is the code's.
 import ast
 import importlib
 import inspect
-import json
 import re
 import shlex
 import statistics
@@ -232,7 +231,7 @@ def test_training_commands_are_runs(monkeypatch):
     monkeypatch.setattr("scale.dryrun.predict", lambda run, *rest: runs.append(run))
     monkeypatch.setattr("scale.plan.show", lambda run, *rest: runs.append(run))
     monkeypatch.setattr(Path, "is_file", lambda path: True)  # --resume and --merge find a run
-    monkeypatch.setattr(Path, "read_bytes", lambda path: json.dumps(dict(run=own)).encode())
+    monkeypatch.setattr("command.document", lambda path: dict(run=own))
     lines = [
         c.args
         for text in PAGES.values()
