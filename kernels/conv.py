@@ -12,18 +12,25 @@ filter run the other way:
     dx_s = sum over j < k of w_{k-1-j} d_{s+j}
     dw_i = sum over t of d_t x_{t-k+1+i}
 
+A walk along the tokens needs no number twice if it carries the last k-1 of x and of d: x_t and dy_t
+come in, with the x before it x_t gives c_t and so d_t, which goes into dw and, with the d before
+it, gives dx_{t-k+1}, which goes out.
+
 letters  b sequences, t (or T) tokens, w (or W) channels, k (or K) taps: the numbers of a filter
 grid     forward (w / 128, t / 32, b): a program has a tile of 32 tokens by 128 channels. Backward
-         (w / 128, t / 256, b): it walks 256 tokens, 16 at a time, so that dw sums in registers
+         (w / 128, t / 256, b): a program walks 256 tokens
 traffic  forward reads x and writes y: 336 MB at 8192 tokens of Super in bf16, the minimum; the k
          shifted reads of a tile are the same lines, from cache. Backward reads x and dy, writes dx:
-         503 MB, the minimum. It computes c_{s+j} again for each of the k shifts: k^2 reads out of
-         the L1 cache, cheaper than one more pass over memory.
+         503 MB, the minimum, and 4 % more: before its first token a program reads 2(k-1) of x and
+         k-1 of dy, after its last it writes k+1 sums.
 numbers  fp32 inside, one rounding at the end (in bf16 the readable form rounds c too, and is the
          less exact one). dw and dbias: partial sums of 256 tokens in fp32, added by torch: no
          atomics.
-sizes    128 channels are 256 bytes of a row in bf16; 32 rows of them in forward, 16 in backward, 4
-         warps (of 32 threads): 32 and 16 numbers a thread and tile.
+sizes    128 channels are 256 bytes of a row in bf16. Forward: 32 rows of them and 4 warps (of 32
+         threads), 32 numbers a thread. Backward: 1 warp, so 4 channels a thread, for each of which
+         it holds k weights and the bias, k+1 sums, k-1 of x and of d: 64 registers at k = 4. No
+         thread needs another one's numbers: no shared memory, no barrier. 4 tokens are read before
+         the first of them is used: 2 KB on their way for every warp.
 """
 
 import torch
@@ -33,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import on_gpu, rows, unit
 
-SPAN = 256  # tokens of a program in backward
+SPAN, STEP = 256, 4  # backward: tokens of a program, and of them on their way at once
 
 
 @triton.jit
@@ -88,16 +95,29 @@ def _forward(
 
 
 @triton.jit
-def _late(
-    X, WINDOW, WEIGHT, BIAS, DY, b, t, T, W, SX, ch, K: tl.constexpr, HAS_WINDOW: tl.constexpr
-):
-    """d_t for a column of times, 0 outside the sequence."""
-    c = _sums(X, WINDOW, WEIGHT, BIAS, b, t, T, W, SX, ch, K, HAS_WINDOW)
-    dy = tl.load(
-        DY + b * T * W + t.to(tl.int64) * W + ch, mask=(t >= 0) & (t < T) & (ch < W), other=0.0
-    ).to(tl.float32)
+def _dy(DY, b, t, T, W, ch):
+    """dy_t in fp32, zero outside the sequence."""
+    ok = (t >= 0) & (t < T) & (ch < W)
+    return tl.load(DY + b * T * W + t.to(tl.int64) * W + ch, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _slope(dy, x, at: tl.constexpr, w, bias, K: tl.constexpr):
+    """d_t of dy_t and of x_{t-k+1} ... x_t, which are x[at], x[at + 1], ..."""
+    c = bias
+    for i in tl.static_range(K):
+        c += w[i] * x[at + i]  # c_t = bias + sum w_i x_{t-k+1+i}
     g = tl.sigmoid(c)
     return dy * g * (1 + c * (1 - g))  # d_t = dy_t silu'(c_t)
+
+
+@triton.jit
+def _more(dw, d, x, at: tl.constexpr, K: tl.constexpr):
+    """The sums of the k taps and of the bias, and one token more."""
+    sums = ()
+    for i in tl.static_range(K):
+        sums += (dw[i] + d * x[at + i],)  # dw_i = sum d_t x_{t-k+1+i}
+    return sums + (dw[K] + d,)
 
 
 @triton.jit
@@ -114,39 +134,47 @@ def _backward(
     W,
     SX,
     K: tl.constexpr,
-    BT: tl.constexpr,
+    STEP: tl.constexpr,
     BW: tl.constexpr,
     SPAN: tl.constexpr,
-    TAPS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     block, b, SX = tl.program_id(1), tl.program_id(2).to(tl.int64), SX * UNIT
-    ch, tap = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :], tl.arange(0, TAPS)[:, None]
-    dw = tl.zeros((TAPS, BW), tl.float32)  # rows: the k taps, then the bias
-    for t0 in range(block * SPAN, tl.minimum((block + 1) * SPAN, T + K - 1), BT):
-        t = (t0 + tl.arange(0, BT))[:, None]  # s lags by k-1: it starts at the window's first token
-        s = t - K + 1
-        d = _late(X, WINDOW, WEIGHT, BIAS, DY, b, t, T, W, SX, ch, K, HAS_WINDOW)
-        dx = tl.load(WEIGHT + ch * K, mask=ch < W, other=0.0) * d
-        for i in tl.static_range(K):
-            x = _input(X, WINDOW, b, s + i, T, W, SX, ch, K, HAS_WINDOW)
-            dw += tl.where(tap == i, tl.sum(d * x, 0)[None, :], 0.0)  # dw_i = sum d_t x_{t-k+1+i}
-        dw += tl.where(tap == K, tl.sum(d, 0)[None, :], 0.0)
-        for j in range(K - 1):  # not unrolled: k times the registers would spill
-            d = _late(X, WINDOW, WEIGHT, BIAS, DY, b, s + j, T, W, SX, ch, K, HAS_WINDOW)
-            # dx_s = sum w_{k-1-j} d_{s+j}
-            dx += tl.load(WEIGHT + ch * K + K - 1 - j, mask=ch < W, other=0.0) * d
-        new, old = (s >= 0) & (s < T) & (ch < W), (s < 0) & (ch < W)
-        tl.store(DX + b * T * W + s.to(tl.int64) * W + ch, dx.to(DX.dtype.element_ty), mask=new)
-        if HAS_WINDOW:
-            tl.store(
-                DWINDOW + (b * (K - 1) + s + K - 1) * W + ch,
-                dx.to(DWINDOW.dtype.element_ty),
-                mask=old,
-            )
+    ch = (tl.program_id(0) * BW + tl.arange(0, BW))[None, :]
+    row, before = tl.arange(0, 1)[:, None], block * SPAN - K + 1  # t + row: a column of one time
+    bias, zero = tl.load(BIAS + ch, mask=ch < W, other=0.0), tl.zeros((1, BW), tl.float32)
+    w, dw, x, d = (), (zero,), (), ()
+    for i in tl.static_range(K):
+        w += (tl.load(WEIGHT + ch * K + i, mask=ch < W, other=0.0),)
+        dw += (zero,)
+    # What the first token finds behind it: k-1 of x and of d, which want k-1 of x behind themselves
+    for i in tl.static_range(1 - K, K - 1):
+        x += (_input(X, WINDOW, b, before + i + row, T, W, SX, ch, K, HAS_WINDOW),)
+    for i in tl.static_range(K - 1):
+        d += (_slope(_dy(DY, b, before + i + row, T, W, ch), x, i, w, bias, K),)
+    x = x[K - 1 :]
+    for t in range(block * SPAN, tl.minimum((block + 1) * SPAN, T + K - 1), STEP):
+        dy = ()
+        for u in tl.static_range(STEP):  # all reads first, so that they travel together
+            x += (_input(X, WINDOW, b, t + u + row, T, W, SX, ch, K, False),)
+            dy += (_dy(DY, b, t + u + row, T, W, ch),)
+        for u in tl.static_range(STEP):
+            new = _slope(dy[u], x, u, w, bias, K)
+            dw, dx = _more(dw, new, x, u, K), w[0] * new
+            for j in tl.static_range(K - 1):
+                dx += w[K - 1 - j] * d[u + j]  # dx_s = sum w_{k-1-j} d_{s+j}
+            d += (new,)
+            s = t + u - K + 1 + row  # it lags by k-1: it starts at the window's first token
+            at, ok = DX + b * T * W + s.to(tl.int64) * W + ch, (s >= 0) & (s < T) & (ch < W)
+            tl.store(at, dx.to(DX.dtype.element_ty), mask=ok)
+            if HAS_WINDOW:
+                at, ok = DWINDOW + (b * (K - 1) + s + K - 1) * W + ch, (s < 0) & (ch < W)
+                tl.store(at, dx.to(DWINDOW.dtype.element_ty), mask=ok)
+        x, d = x[STEP:], d[STEP:]
     part = (b * tl.num_programs(1) + block) * (K + 1)
-    tl.store(DW + (part + tap) * W + ch, dw, mask=(tap <= K) & (ch < W))
+    for i in tl.static_range(K + 1):
+        tl.store(DW + (part + i) * W + ch, dw[i], mask=ch < W)
 
 
 class Conv(torch.autograd.Function):
@@ -197,13 +225,12 @@ class Conv(torch.autograd.Function):
             w,
             x.stride(1) // wide,
             k,
-            16,
+            STEP,
             128,
             SPAN,
-            triton.next_power_of_2(k + 1),
             window is not None,
             wide,
-            num_warps=4,
+            num_warps=1,
         )
         dw = dw.sum((0, 1))
         return dx, dw[:k].T, dw[k], dwindow

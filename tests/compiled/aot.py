@@ -14,7 +14,7 @@ file, ROWS in ssd.py, conv.py, ..., and SMALL, the launches of the smaller cards
 types name the runtime arguments: *bf16 *fp32 *i64 pointers, i32 i64 fp32 scalars; what the launch
 passes is what belongs here. Integers and pointers are divisible by 16, as they are at Super's
 sizes, but those named in `odd`. A row fails if a kernel spills more bytes than `spill` (a number,
-or a number per card), if its shared memory or registers exceed the card's, or if the tensor-core
+or a number per card), if its shared memory or registers exceed the card's or the row's, or if the
 instruction that was meant is not the one that came out. Never in a process with TRITON_INTERPRET=1:
 Triton's own library is then interpreted too.
 """
@@ -53,6 +53,7 @@ INSTRUCTIONS = dict(
         ("tma", r"cp\.async\.bulk\.tensor"),
         ("atomic", r"\b(?:red|atom)\."),
         ("16 bytes", r"ld\.global\S*\.v4\.b32"),
+        ("8 bytes", r"ld\.global\S*\.v2\.b32"),
     ]
 )
 
@@ -68,6 +69,8 @@ class Row:
     # sm: a name of INSTRUCTIONS that must be there, or (name, how often at least)
     wants: dict = field(default_factory=dict)
     spill: object = 0  # bytes a thread may spill, or {sm: bytes}
+    regs: int = 255  # a thread's at most, where the number of warps rests on it
+    shared: int | None = None  # bytes of a block at most, if fewer than the card's
     odd: tuple = ()  # arguments that need not be divisible by 16
     cards: tuple = (80, 90, 100)
 
@@ -133,6 +136,10 @@ def faults(row, sm, made):
         )
     if made.regs * threads > 65536:
         yield f"wants {made.regs * threads} registers, a multiprocessor has 65536"
+    if made.regs > row.regs:
+        yield f"takes {made.regs} registers a thread, {row.regs} allowed"
+    if row.shared is not None and made.shared > row.shared:
+        yield f"takes {made.shared} bytes of shared memory, {row.shared} allowed"
     name, least = row.wants.get(sm, ""), 1
     if isinstance(name, tuple):
         name, least = name

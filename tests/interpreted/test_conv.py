@@ -1,5 +1,5 @@
 """kernels/conv.py is mamba.causal_conv in fp64: numbers, every gradient, windows, one token at a
-time, strided inputs.
+time, strided inputs, documents; and a long walk is several short ones, bit for bit.
 """
 
 import pytest
@@ -8,14 +8,15 @@ from conftest import TOLERANCE, close, rms
 
 import mamba
 from kernels import conv as kernel
+from post.pack import Docs
 
 NAMES = ("y", "dx", "dweight", "dbias", "dwindow")
 
 
-def inputs(t, w, k, dtype=torch.float32, b=1, seed=0):
+def inputs(t, w, k, dtype=torch.float32, b=1, seed=0, between=3):
     r = torch.Generator().manual_seed(seed)
     f = lambda *s: torch.randn(*s, generator=r)
-    x = f(b, t, w + 3).to(dtype)[..., :w]  # a slice of rows, as in the model
+    x = f(b, t, w + between).to(dtype)[..., :w]  # a slice of rows, as in the model
     return x, f(w, 1, k), f(w), f(b, k - 1, w).to(dtype)
 
 
@@ -43,9 +44,27 @@ def test_forward_and_backward(t, w, k, dtype):
 
 
 def test_several_spans(monkeypatch):
-    monkeypatch.setattr(kernel, "SPAN", 32)
-    for t in (61, 62):  # t + k - 1 on both sides of a span's end
+    monkeypatch.setattr(kernel, "SPAN", 16)
+    for t in (29, 30):  # t + k - 1 on both sides of a span's end
         compare(inputs(t, 8, 4), TOLERANCE[torch.float32])
+    compare(inputs(18, 24, 7, torch.bfloat16, 2, between=8), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_span_knows_what_lies_before_it(monkeypatch, dtype):
+    """Where a walk begins changes no bit of dx, nor of the window's gradient."""
+    args = inputs(14, 24, 4, dtype)
+    o = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    whole = answers(kernel.conv, args, o)
+    for span in (4, 8):
+        monkeypatch.setattr(kernel, "SPAN", span)
+        cut = answers(kernel.conv, args, o)
+        assert torch.equal(cut[1], whole[1]) and torch.equal(cut[4], whole[4]), span
+        assert rms(cut[2], whole[2]) < 1e-6 and rms(cut[3], whole[3]) < 1e-6, span
+
+
+def test_the_whole_span():
+    compare(inputs(kernel.SPAN + 2, 8, 4), TOLERANCE[torch.float32])
 
 
 def test_no_window_no_bias():
@@ -55,6 +74,34 @@ def test_no_window_no_bias():
         y, seen = kernel.conv(x, weight, None)
         want, exact = mamba.causal_conv(x.double(), weight.double(), None)
     assert rms(y, want) < 2e-6 and torch.equal(seen.double(), exact)
+    o = torch.ones_like(x)
+    got = answers(lambda x, weight: kernel.conv(x, weight, None), (x, weight), o)
+    zero = answers(kernel.conv, (x, weight, torch.zeros_like(bias)), o)
+    assert all(torch.equal(a, b) for a, b in zip(got, zero))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_documents_of_a_row_are_documents_alone(dtype):
+    """y and dx of each, bit for bit; dweight and dbias are their sum."""
+    lengths = (5, 1, 9)
+    number = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    docs = Docs(torch.cat([number, number[:, -1:]], 1))
+    x, weight, bias, _ = inputs(sum(lengths), 24, 4, dtype)
+    o = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def packed(x, weight, bias):
+        wide, together = docs.apart(x, 4)
+        return together(kernel.conv(wide, weight, bias)[0]), None
+
+    y, dx, *sums = answers(packed, (x, weight, bias), o)
+    alone = [
+        answers(kernel.conv, (part, weight, bias), above)
+        for part, above in zip(x.split(lengths, 1), o.split(lengths, 1), strict=True)
+    ]
+    assert torch.equal(y, torch.cat([a[0] for a in alone], 1))
+    assert torch.equal(dx, torch.cat([a[1] for a in alone], 1))
+    for i, got in enumerate(sums):
+        assert rms(got, sum(a[2 + i] for a in alone)) < 1e-6
 
 
 def test_one_token_at_a_time_is_all_of_them():
