@@ -21,6 +21,7 @@ import os
 import sys
 import threading
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,13 +114,20 @@ class OnCard(torch.Tensor):
         return f"OnCard({self.held!r})"
 
 
+@cache
+def ours(name):
+    """A file of the project, but none of the card's own, as its path there; else empty."""
+    path = Path(name)
+    mine = path.is_relative_to(ROOT) and not path.is_relative_to(Path(__file__).parent)
+    return str(path.relative_to(ROOT)) if mine else ""
+
+
 def where():
     """file:line of ours that is running."""
     frame = sys._getframe(1)
     while frame:
-        name = frame.f_code.co_filename
-        if name.startswith(f"{ROOT}/") and not name.startswith(str(Path(__file__).parent)):
-            return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
+        if name := ours(frame.f_code.co_filename):
+            return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward" if threading.current_thread() is not threading.main_thread() else "?"
 
@@ -142,11 +149,11 @@ class Card(TorchDispatchMode):
         return self.run(op, args, kwargs or {})
 
     def run(self, op, args, kwargs):
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves = [*flat(args), *flat(kwargs)]
         if not any(map(on_card, leaves)):
             return op(*args, **kwargs)
-        device = self.rules(op, leaves, spec)
-        plain, named = pytree.tree_unflatten([real(x) for x in leaves], spec)
+        device = self.rules(op, args, kwargs, leaves)
+        plain, named = each(real, args), each(real, kwargs)
         if op._schema.name == "aten::_grouped_mm":
             self.grouped += 1
             offsets(*plain[:2], plain[2] if len(plain) > 2 else named["offs"])
@@ -164,18 +171,17 @@ class Card(TorchDispatchMode):
                 return x
             return mine[id(x)] if id(x) in mine else OnCard(x)
 
-        return pytree.tree_map(back, out)
+        return each(back, out)
 
-    def rules(self, op, leaves, spec):
+    def rules(self, op, args, kwargs, leaves):
         """What PyTorch's fake kernels for CUDA say: they raise, or the answer's device."""
         if op is aten._local_scalar_dense.default:
             return CPU
-        key = op, spec, tuple(map(signature, leaves))
+        key = op, signature(args), signature(kwargs)
         if key not in self.answers:
             self.answers[key] = THERE
             with self.fake, contextlib.suppress(*CANNOT_SAY):
-                args, kwargs = pytree.tree_unflatten([shape(x) for x in leaves], spec)
-                made = pytree.tree_leaves(op(*args, **kwargs))
+                made = flat(op(*each(shape, args), **each(shape, kwargs)))
                 kinds = {x.device.type for x in made if isinstance(x, torch.Tensor)}
                 self.answers[key] = THERE if "cuda" in kinds or not kinds else CPU
         return self.answers[key]
@@ -223,7 +229,7 @@ class Graph:
         CARD.replays += 1
         for op, args, kwargs, out in self.operations:
             again = compute(op, args, dict(kwargs))
-            for old, new in zip(pytree.tree_leaves(out), pytree.tree_leaves(again)):
+            for old, new in zip(flat(out), flat(again)):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -241,6 +247,23 @@ def capture(graph):
 class Stream:
     def wait_stream(self, other):
         pass
+
+
+def each(f, x):
+    """f of everything in lists, tuples and dicts."""
+    if isinstance(x, dict):
+        return {k: each(f, v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        kind = list if isinstance(x, list) else tuple
+        return kind([each(f, v) for v in x])
+    return f(x)
+
+
+def flat(x):
+    """Everything in lists, tuples and dicts, as one list."""
+    if not isinstance(x, (dict, list, tuple)):
+        return [x]
+    return [y for v in (x.values() if isinstance(x, dict) else x) for y in flat(v)]
 
 
 def on_card(x):
@@ -265,6 +288,11 @@ def shape(x):
 
 
 def signature(x):
+    """What the rules look at, of a tensor or of all that is in lists, tuples and dicts."""
+    if isinstance(x, dict):
+        return tuple((k, signature(v)) for k, v in x.items())
+    if isinstance(x, (list, tuple)):
+        return type(x), *map(signature, x)
     if isinstance(x, torch.Tensor):
         return type(x), x.shape, x.stride(), x.dtype
     return type(x), "generator" if isinstance(x, torch.Generator) else repr(x)

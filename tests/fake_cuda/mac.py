@@ -19,7 +19,6 @@ from pathlib import Path
 import card
 import torch
 from card import CPU, THERE, OnCard
-from torch.utils import _pytree as pytree
 
 LACKING = {torch.float64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2}
 EVERYWHERE = ("MPS", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
@@ -47,13 +46,13 @@ class Mac(card.Card):
 
     def run(self, op, args, kwargs):
         out = super().run(op, args, kwargs)
-        for x in pytree.tree_leaves(out):
+        for x in card.flat(out):
             if isinstance(x, OnCard) and x.dtype in LACKING:
                 kind = str(x.dtype).removeprefix("torch.")
                 raise TypeError(f"Cannot convert a MPS Tensor to {kind} dtype: {card.where()}")
         return out
 
-    def rules(self, op, leaves, spec):
+    def rules(self, op, args, kwargs, leaves):
         name, overload = op._schema.name, op._schema.overload_name
         if name == "aten::_local_scalar_dense":
             return CPU
