@@ -121,7 +121,8 @@ def measure(model, rows, asked=None, tokens=None, size=16, cast=nullcontext):
             more = nats(model, rows, asked, size, cast) - base
         found.append(dict(part=name, layers=len(modules), worth=more, unit="nats more"))
     if model.mtp is not None and tokens is not None and len(tokens) > 128:
-        tally = heal.acceptance(model, tokens, DRAFTS, rows=16, new=48)
+        with cast():
+            tally = heal.acceptance(model, tokens, DRAFTS, rows=16, new=48)
         length = tally.tokens / tally.rounds
         unit = f"tokens a round (at most {DRAFTS + 1})"
         found.append(dict(part="MTP drafts", layers=1, worth=length, unit=unit))

@@ -17,7 +17,10 @@ HERE = Path(__file__).resolve().parent / "fake_cuda"
 sys.path.insert(0, str(HERE))
 import hooks
 
-FILES = sorted(p.stem for p in HERE.glob("test_*.py"))
+ON_A_MAC = {"test_mac": ["mps"], "test_commands": ["cuda", "mps"]}
+FILES = [
+    (p.stem, d) for p in sorted(HERE.glob("test_*.py")) for d in ON_A_MAC.get(p.stem, ["cuda"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def library(tmp_path_factory):
     return hooks.build(tmp_path_factory.mktemp("hooks"))
 
 
-def run(library, *args, **env):
+def run(library, *args, limit=1200, **env):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     beside = dict(FAKE_CUDA_LIBRARY=str(library), PYTHONPATH=str(HERE))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -35,7 +38,7 @@ def run(library, *args, **env):
         [*command, "-p", "believe", *map(str, args)],
         cwd=HERE.parents[1],
         env={**inherited, **beside, **env},
-        timeout=1200,
+        timeout=limit,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -43,10 +46,16 @@ def run(library, *args, **env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_on_the_fake_card(library, name):
-    mac = dict(FAKE_DEVICE="mps") if name == "test_mac" else {}
-    done = run(library, HERE / f"{name}.py", **mac)
+@pytest.mark.parametrize("name, device", FILES)
+def test_on_the_fake_card(library, name, device):
+    done = run(library, HERE / f"{name}.py", "-m", "not long", FAKE_DEVICE=device)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.long  # 20 minutes of one core's time
+def test_the_whole_default_run(library):
+    done = run(library, HERE / "test_whole.py", "-m", "long", "-s", limit=6 * 3600)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:]
 

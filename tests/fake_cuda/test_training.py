@@ -14,7 +14,6 @@ import train
 
 QUICK = dict(batch=2, length=32, log_every=1, eval_every=100, eval_tokens=64, tokenizer="bytes")
 PLAIN = dict(prompt="", worth=False, name="run", model="hybrid_override_pattern=MEM*E")
-SMALL = "hybrid_override_pattern=MEM*E,hidden_size=128,intermediate_size=64"
 
 
 def fitted(tmp_path, text, **more):
@@ -184,18 +183,45 @@ def test_a_small_card_takes_fewer_at_once(tmp_path, text, monkeypatch):
     assert kept["micro"] == 4
 
 
-def test_a_run_is_sampled_by_the_command(counted, tmp_path, text, capsys):
-    fitted(tmp_path, text, steps=1)
-    asked = ["--run", str(tmp_path / "run"), "--prompt", "def ", "--max-new-tokens", "6"]
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, text):
+    """A run's folder."""
+    where = tmp_path_factory.mktemp("runs")
+    fitted(where, text, steps=1)
+    return where / "run"
+
+
+def sampled(run, capsys, *flags):
+    """sample.py -> its text and what it says beside."""
+    asked = ["--run", str(run), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "0"]
+    sample.main([*asked, *flags])
+    return capsys.readouterr()
+
+
+def test_a_run_is_sampled_by_the_command(counted, run, capsys):
     texts = []
     for more in ([], ["--compile"]):
         counted.reset()
-        sample.main([*asked, "--temperature", "0", "--precision", "bf16", *more])
-        texts.append(capsys.readouterr().out)
+        texts.append(sampled(run, capsys, "--precision", "bf16", *more).out)
         assert counted.replays == (5 if more else 0)
     assert texts[0] == texts[1]
 
 
-def test_small_with_fewer_layers(counted, tmp_path, text):
-    _, _, said = fitted(tmp_path, text, preset="small", micro=1, length=128, model=SMALL, steps=1)
-    assert "F.grouped_mm" in said and not looped()
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--speculate 3",
+        "--speculate auto",
+        "--compile",
+        "--compile --speculate 3",
+        "--prefill 2",
+        "--prompt-tokens 40",
+        "--state fp16:5",
+    ],
+)
+def test_a_run_is_sampled_as_on_the_cpu(counted, run, capsys, more):
+    here = sampled(run, capsys, "--device", "cpu", *more.replace("--compile", "").split())
+    assert not counted.launches
+    there = sampled(run, capsys, *more.split())
+    assert counted.launches and bool(counted.replays) is ("--compile" in more)
+    assert here.out == there.out
