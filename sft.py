@@ -201,9 +201,10 @@ class Talks:
     def evaluate(self, model, world, say):
         if world.sharded or self.talks:
             return {}
-        rows = rollout.evaluate(
-            model, self.enc, self.mixture, self.run.questions, room=self.run.room
-        )
+        with world.cast():
+            rows = rollout.evaluate(
+                model, self.enc, self.mixture, self.run.questions, room=self.run.room
+            )
         say("           " + rollout.table(rows))
         return rollout.columns(rows)
 
@@ -221,7 +222,8 @@ class Talks:
             )
         if not self.talks:
             run = self.run
-            rows = rollout.report(model, self.enc, self.mixture, run.questions, run.room, say)
+            with world.cast():
+                rows = rollout.report(model, self.enc, self.mixture, run.questions, run.room, say)
             world.write(run.folder() / "answers.csv", disk.table(rows))
             picture.sft(run.folder())
 
