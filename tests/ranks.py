@@ -364,6 +364,7 @@ def main():
         n = (
             2 if broken else dict.fromkeys(FORMATS, 3).get(how, 1 if "fast" in how else 5)
         )  # the interpreter takes its time
+        n = min(n, 3) if world.size > 2 else n  # and so do many ranks on two cores
         again = AGAIN.get(again, again.replace("+", ","))
         with exact.arithmetic() if four(how) and not fp4mm else nullcontext():
             result = compare(world, int(skew), again, n, how)

@@ -99,7 +99,7 @@ GRIDS = {  # ep, cp
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_ranks_are_one(n):
     """ep,cp,skew,recompute: loss, every gradient and five steps, MTP on. skew: all tokens go to two
-    experts. Four ranks try the grids that two have not.
+    experts. Four ranks try the grids that two have not, in three steps.
     """
     again = "0", "0", "1", "mamba+logits"
     cases = [f"{ep},{cp},{i % 2},{again[i % 4]}," for i, (ep, cp) in enumerate(GRIDS[n])]
