@@ -110,14 +110,17 @@ def total():
     same = [word(v) == word(w) for v, w in both if w and min(v.seeds, w.seeds) >= verdict.LEAST]
     firm = [v for v in found if v.seeds >= verdict.LEAST]
     count = lambda what: sum(word(v) == what for v in firm)
-    spent = sum(seconds(f) for _, f in figures()) / 60
+    each = [seconds(f) for _, f in figures()]
+    spent, silent = sum(each) / 60, sum(not x for x in each)
+    many = f"{silent} figure" + "s" * (silent != 1)
+    untold = f"; the rows of {many} are of before it and do not say" * (silent > 0)
     return (
         f"Of {len(firm)} claims with a verdict from three seeds or more, "
         f"{count(verdict.SAME)} reproduce, {count(verdict.OTHER)} the other way, and "
         f"{count(verdict.INSIDE)} cannot be told from the spread of seeds; "
         f"{len(found) - len(firm)} more are arithmetic or not finished. On other seeds "
         f"{sum(same)} of {len(same)} came out as before. The lab's own cells took "
-        f"{spent:.0f} CPU minutes."
+        f"{spent:.0f} CPU minutes{untold}."
     )
 
 

@@ -261,6 +261,22 @@ def test_the_gallery_says_how_settings_came_about_and_in_what_units(tmp_path, mo
     assert said(replace(made, units={"": "cm"})) == "+1 cm, 1 seed"
 
 
+def test_the_sum_says_how_many_figures_have_no_seconds(tmp_path, monkeypatch):
+    """Two cells of a minute each; then a figure beside them whose row is of before the lab."""
+    monkeypatch.setattr(figure, "RECEIPTS", tmp_path)
+    known, untold = (figure.Figure(name, (), variants=dict(one={})) for name in ("a", "b"))
+    row = lambda seed, seconds: dict(
+        series="full", variant="one", seed=seed, hash=figure.digest({}), seconds=seconds, loss=1
+    )
+    lab.append(tmp_path / "a.csv", [row(0, 60.0), row(1, 60.0)])
+    lab.append(tmp_path / "b.csv", [row(0, "")])
+    monkeypatch.setattr(gallery, "figures", lambda: [(None, known)])
+    assert gallery.total().endswith("took 2 CPU minutes.")
+    monkeypatch.setattr(gallery, "figures", lambda: [(None, known), (None, untold)])
+    said = "took 2 CPU minutes; the rows of 1 figure are of before it and do not say."
+    assert gallery.total().endswith(said)
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
