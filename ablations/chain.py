@@ -8,22 +8,30 @@ A small chain of post-training, and what a model then answers: what cells of its
 Of a cell `right` is the share of held-out questions answered right, `accepted` the tokens of a
 reply that a round of 5 drafts yields, both means over the seven kinds of question. Beside them
 stand the kinds: `third off`, `third off, tokens`, and so on. `reward` is practice's, a curve.
-Variants of one seed have the same fine-tuned model, and practise with draws of their own.
+Variants of one seed have the same fine-tuned model, and practise with draws of their own. It is
+kept in runs/ablations: the first cell that asks for it pays for it, unless the code is another.
+Asked is only the model at a cell's end: answers on the way cost time and change nothing.
 
 Not here  these runs as commands, and their own receipts: receipts/post
 """
 
+import contextlib
+import os
 import tempfile
+from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import checkpoint
+import disk
 import grpo
 import heal
 import sample
 import sft
 import train
-from ablations.figure import read
-from post import rollout, tasks
+from ablations.figure import digest, read
+from post import picture, practice, rollout, tasks
 
 MODEL = dict(
     hybrid_override_pattern="M*EM*E",
@@ -81,6 +89,7 @@ QUICK = {"sft.steps": 10, "sft.stage2": 2, "sft.batch": 12, "grpo.steps": 2, "gr
 QUICK |= {"heal.steps": 4, "heal.texts": 64, "questions": 4}
 ALL = "sort,third,make,call"  # to practise
 KINDS = "right", "tokens", "formed", "accepted"
+TUNED = Path("runs") / "ablations" / "tuned"  # a folder for each fine-tuned model
 quiet = lambda line: None
 
 
@@ -89,15 +98,23 @@ def part(settings, of):
     return {k.removeprefix(of): x for k, x in settings.items() if k.startswith(of)}
 
 
-def tuned(settings, seed, out):
-    """A fine-tuned run's folder."""
+def tuned(settings, seed):
+    """A fine-tuned run's folder, which a cell before may have made."""
     model = ",".join(f"{name}={settings[name]}" for name in MODEL)
     own = part(settings, "sft.")
-    rare = dict(eval_every=own["steps"], save_every=own["steps"], questions=settings["questions"])
-    here = dict(name="sft", out=out, preset="mini", model=model, device="cpu", threads=1)
+    rare = dict(eval_every=own["steps"], save_every=own["steps"], questions=1)
+    here = dict(name="sft", preset="mini", model=model, device="cpu", threads=1)
     run = sft.Run(**own, **rare, **here, seed=seed)
-    train.fit(run, say=quiet, work=sft.Talks())
-    return run.folder()
+    code = disk.sources()["sources_sha256"], metadata.version("torch")
+    kept = TUNED / digest([asdict(run), code])
+    if not kept.is_dir():
+        TUNED.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=TUNED) as out:
+            run = replace(run, out=out)
+            train.fit(run, say=quiet, work=sft.Talks())
+            with contextlib.suppress(OSError):  # a neighbour was faster, with the same model
+                os.replace(run.folder(), kept)
+    return kept
 
 
 def practised(settings, seed, out, base):
@@ -106,7 +123,9 @@ def practised(settings, seed, out, base):
     rare = dict(eval_every=own["steps"], save_every=own["steps"], questions=settings["questions"])
     here = dict(name="grpo", out=out, base=str(base), device="cpu", threads=1)
     run = grpo.Run(**own, **rare, **here, seed=seed)
-    return run.folder(), grpo.fit(run, say=quiet)[1]
+    unasked = mock.patch.object(practice.Practice, "evaluate", lambda self, say: {})
+    with unasked, mock.patch.object(picture, "grpo", lambda folder: None):
+        return Path(run.folder()), grpo.fit(run, say=quiet)[1]
 
 
 def healed(settings, folder):
@@ -123,13 +142,23 @@ def healed(settings, folder):
     return [dict(task=task, mode=mode, accepted=x) for (task, mode), x in got.items()]
 
 
+def asked(settings, folder):
+    """Rows of what a fine-tuned model answers, as sft.py writes them."""
+    model, enc, _ = sample.load_run(folder)
+    mixture = tasks.mixture(settings["sft.tasks"])
+    return rollout.report(model, enc, mixture, settings["questions"], sft.Run().room, quiet)
+
+
 def answers(settings, seed):
     """A cell."""
+    folder, log = tuned(settings, seed), []
     with tempfile.TemporaryDirectory() as out:
-        folder, log = tuned(settings, seed, out), []
         if settings["practice"]:
             folder, log = practised(settings, seed, out, folder)
-        rows = healed(settings, folder) if settings["heal"] else read(Path(folder) / "answers.csv")
+        if settings["heal"]:
+            rows = healed(settings, folder)
+        else:
+            rows = read(folder / "answers.csv") if log else asked(settings, folder)
     found = means(rows)
     log = [row for row in log if row["step"]]
     if log:

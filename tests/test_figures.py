@@ -8,6 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import grpo
+import sft
+import train
 from ablations import (
     chain,
     fig_answers,
@@ -183,6 +186,33 @@ def test_rows_of_post_training_are_those_of_its_commands(module):
         want = chain.means([r for r in said if (r["run"], r["seed"]) == key])
         got = {name: float(row[name]) for name in want}
         assert got == pytest.approx(want, rel=1e-5) and {"accepted"} <= set(got)
+
+
+@pytest.mark.slow
+def test_cells_are_the_commands_runs_and_fine_tune_once(tmp_path, monkeypatch):
+    """sft.py and grpo.py also ask on the way, with generators of their own: the same answers. The
+    second cell finds the first one's model.
+    """
+    settings, trained = chain.SETTINGS | chain.QUICK, []
+    here = dict(out=str(tmp_path), device="cpu", threads=1, questions=settings["questions"])
+    model = ",".join(f"{name}={settings[name]}" for name in chain.MODEL)
+    own = chain.part(settings, "sft."), chain.part(settings, "grpo.")
+    run = sft.Run(**own[0], **here, name="sft", preset="mini", model=model)
+    train.fit(run, say=chain.quiet, work=sft.Talks())
+    practice = grpo.Run(**own[1], **here, name="grpo", tasks="third", base=str(run.folder()))
+    grpo.fit(practice, say=chain.quiet)
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", lambda *a, **how: trained.append(a) or fit(*a, **how))
+    monkeypatch.setattr(chain, "TUNED", tmp_path / "tuned")
+    for name, change in (("sft", {}), ("grpo", dict(practice="third"))):
+        want = chain.means(figure.read(tmp_path / name / "answers.csv"))
+        got = chain.answers(settings | change, 0)
+        assert {kind: got[kind] for kind in want} == pytest.approx(want, rel=1e-5)
+        assert want["third on, tokens"] > 2
+    assert len(got["reward"]) == settings["grpo.steps"]
+    assert len(trained) == len(list(chain.TUNED.iterdir())) == 1
+    assert chain.tuned(settings | {"sft.lr": 1e-3}, 0) != chain.tuned(settings, 0)
+    assert len(trained) == 2
 
 
 def test_means_leave_out_what_was_not_measured():

@@ -28,6 +28,7 @@ from ablations import __main__ as gallery
 from ablations import (
     age,
     cells,
+    chain,
     draw,
     fig_fourbit_errors,
     figure,
@@ -454,8 +455,9 @@ LONG = {"merge", "mtp", "ptq", "bits", "distill", "state_toy"}  # more than 20 s
     "made",
     [pytest.param(f, marks=pytest.mark.slow if f.name in LONG else (), id=f.name) for f in FIGURES],
 )
-def test_the_first_cell_of_every_figure(made):
+def test_the_first_cell_of_every_figure(made, tmp_path, monkeypatch):
     """The quick path, and what comes out is what the claims ask for."""
+    monkeypatch.setattr(chain, "TUNED", tmp_path)
     first = next(iter(made.variants))
     measures = made.cell(made.settings(first, quick=True), made.seeds[0])
     asked = {c.measure for c in made.claims if c.more == first}
