@@ -293,7 +293,7 @@ REFUSED = {
         *(dict(length=x) for x in (math.nan, math.inf, 1.5)),
         *(dict(micro=x) for x in (-1, 0.5)),
         *(dict(recompute=x) for x in ("x", "mamba,", ",", "ALL")),
-        *(dict(precision=x) for x in ("fp8", "", "NVFP4")),
+        *(dict(precision=x) for x in ("fp8", "", "NVFP4", "nvfp4-x", "bf16-sr")),
         **PLAN,
     ),
     "heal.heal": by_word(
