@@ -28,9 +28,11 @@ numbers  products of c's type, sums fp32, one rounding where something is stored
          summed in a fixed order, no atomics: the same bits every time, whatever experts the
          neighbours chose.
 sizes    BM 128 where an expert has 64 rows or more on average, 16 below, where weights are all that
-         matters; BN 128, BK 64 (128 at BM 16, where few rows leave room): no spill. 4 stages, 3
-         where a block has 99 KB of shared memory, which the 16 rows' tiles would exceed.
-         fp32: 64, 64, 32, for checking.
+         matters. BN 128, BK 64 (128 at BM 16, where few rows leave room). A sum of 16 steps or more
+         takes BN 256, where that divides the columns and fits the card: one block a multiprocessor,
+         a quarter fewer bytes an operation. Else 3 stages where two blocks then fit (H100, B200):
+         one is at work while the other begins or ends. 4 where they do not, 3 for 16 rows where a
+         block has 99 KB. fp32: 64, 64, 32, for checking.
 Not here the sort, which is torch's; quantised experts
 Sources  arXiv:2512.14080 for not keeping `out`; tiles from the compiler's tables, not from a
          stopwatch
@@ -117,18 +119,24 @@ def _grouped(
         w = W + e.to(tl.int64) * I * O + n[None, :] * I + i[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
     acc = _product(acc, a, w, ok, within, i, I, BK * O if TURN else BK, BK, EVEN)
-    own = r0.to(tl.int64) * O + m[:, None] * O + n[None, :]
-    both = ok[:, None] & within[None, :]
-    if RELU2:
-        acc = tl.maximum(acc, 0.0)  # hid = relu(h)^2
-        acc = acc * acc
+    rows = r0.to(tl.int64) * O + m[:, None] * O
     if BACK:
-        hid = tl.load(HID + own, mask=both, other=0.0).to(tl.float32)
-        gate = tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)
-        part = tl.sum(acc * hid, 1)  # dp = z . hid, this tile's columns of it
+        part, gate = tl.zeros((BM,), tl.float32), tl.load(GATE + slot, mask=ok, other=0.0)
+        halves = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        for half in tl.static_range(2):  # both at once would take the registers of a second block
+            z, n = halves[half], col * BN + half * (BN // 2) + tl.arange(0, BN // 2)
+            own, both = rows + n[None, :], ok[:, None] & (n < O)[None, :]
+            hid = tl.load(HID + own, mask=both, other=0.0).to(tl.float32)
+            part += tl.sum(z * hid, 1)  # dp = z . hid, this tile's columns of it
+            dh = z * gate.to(tl.float32)[:, None] * 2 * tl.sqrt(hid)  # dh = 2 sqrt(hid) p z
+            tl.store(OUT + own, dh.to(OUT.dtype.element_ty), mask=both)
         tl.store(DGATE + slot.to(tl.int64) * columns + col, part, mask=ok)
-        acc = acc * gate[:, None] * 2 * tl.sqrt(hid)  # dh = 2 sqrt(hid) p z
-    tl.store(OUT + own, acc.to(OUT.dtype.element_ty), mask=both)
+    else:
+        if RELU2:
+            acc = tl.maximum(acc, 0.0)  # hid = relu(h)^2
+            acc = acc * acc
+        both = ok[:, None] & within[None, :]
+        tl.store(OUT + rows + n[None, :], acc.to(OUT.dtype.element_ty), mask=both)
 
 
 @triton.jit
@@ -168,11 +176,12 @@ def _weights(
     i, j = tl.program_id(0) * BI + tl.arange(0, BI), tl.program_id(1) * BJ + tl.arange(0, BJ)
     start, end = tl.load(ENDS + e - 1, mask=e > 0, other=0), tl.load(ENDS + e)
     r, acc = tl.arange(0, BR), tl.zeros((BI, BJ), tl.float32)
-    rows = X + start.to(tl.int64) * I + r[None, :] * I + i[:, None]
+    rows = r[None, :] * I + i[:, None]
     for r0 in range(start, end, BR):
         ok = r0 + r < end
         slot = tl.load(ORDER + r0 + r, mask=ok, other=0)
-        x = tl.load(rows, mask=ok[None, :] & (i < I)[:, None], other=0.0)
+        at = X + tl.cast(r0, tl.int64) * I  # one number for all: the rest of an address has 32 bits
+        x = tl.load(at + rows, mask=ok[None, :] & (i < I)[:, None], other=0.0)
         y = tl.load(
             TOKENS + (slot // K_TOP).to(tl.int64)[:, None] * J + j[None, :],
             mask=ok[:, None] & (j < J)[None, :],
@@ -182,7 +191,6 @@ def _weights(
             gate = tl.load(GATE + slot, mask=ok, other=0.0).to(tl.float32)
             x = (x.to(tl.float32) * gate[None, :]).to(x.dtype)
         acc = tl.dot(x, y, acc, input_precision="ieee")
-        rows += BR * I
     at = OUT + e.to(tl.int64) * I * J
     if TURN:
         both = (j < J)[:, None] & (i < I)[None, :]
@@ -192,14 +200,20 @@ def _weights(
         tl.store(at + i[:, None] * J + j[None, :], acc.to(OUT.dtype.element_ty), mask=both)
 
 
-def tiles(dtype, rows, E, shared):
-    """BM, BN, BK and the launch on a card whose blocks have `shared` bytes: see sizes above."""
-    many = rows >= 64 * E
+def tiles(dtype, many, shared, i=0, o=0):
+    """BM, BN, BK and the launch for sums of i numbers in o columns: see sizes above.
+
+    many: 64 rows an expert, or more; shared: bytes that a block of the card may have.
+    """
     if dtype == torch.float32:
         return (64 if many else 16, 64, 32), dict(num_warps=4, num_stages=2)
-    BM, BN, BK = sizes = (128, 128, 64) if many else (16, 128, 128)
-    held = 2 * BK * (BM + BN)  # bytes of a stage; one of them is at work and in registers
-    return sizes, dict(num_warps=8 if many else 4, num_stages=4 if 3 * held <= shared else 3)
+    held = lambda BM, BN, BK: 2 * BK * (BM + BN)  # bytes of a stage
+    narrow, square, wide = (16, 128, 128), (128, 128, 64), (128, 256, 64)
+    if not many:  # one of the stages is at work and in registers
+        return narrow, dict(num_warps=4, num_stages=4 if 3 * held(*narrow) <= shared else 3)
+    if i >= 16 * 64 and o % 256 == 0 and 3 * held(*wide) <= shared:
+        return wide, dict(num_warps=8, num_stages=4)
+    return square, dict(num_warps=8, num_stages=3 if 2 * 3 * held(*square) <= shared else 4)
 
 
 def route(pick, E, BM):
@@ -228,14 +242,14 @@ class Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, c, pick, gate, up, down):
         (m, l), k, (E, f, _) = c.shape, pick.shape[1], up.shape
-        plan = tiles(c.dtype, m * k, E, shared_memory(c.device))
-        order, where, ends, expert, row = notes = route(pick, E, plan[0][0])
+        card = m * k >= 64 * E, shared_memory(c.device)
+        order, where, ends, expert, row = notes = route(pick, E, tiles(c.dtype, *card)[0][0])
         hid, out, r = c.new_empty(m * k, f), c.new_empty(m * k, l), torch.empty_like(c)
-        grouped(c, up, hid, notes, k, plan, GATHER=True, RELU2=True)
-        grouped(hid, down, out, notes, k, plan)
+        grouped(c, up, hid, notes, k, card, GATHER=True, RELU2=True)
+        grouped(hid, down, out, notes, k, card)
         combine(out, where, gate, r, k)
         ctx.save_for_backward(c, gate, up, down, hid, *notes)
-        ctx.plan = plan
+        ctx.card = card
         return r
 
     @staticmethod
@@ -243,13 +257,13 @@ class Routed(torch.autograd.Function):
     def backward(ctx, y):
         c, gate, up, down, hid, *notes = ctx.saved_tensors
         (order, where, ends, _, _), y, (E, f, l), k = notes, y.contiguous(), up.shape, gate.shape[1]
-        (_, BN, _), how = ctx.plan
+        BN = tiles(c.dtype, *ctx.card)[0][1]
         dh, dx, dc = torch.empty_like(hid), c.new_empty(len(order), l), torch.empty_like(c)
         dgate = c.new_empty(len(order), triton.cdiv(f, BN), dtype=torch.float32)
         grouped(
-            y, down, dh, notes, k, ctx.plan, gate, hid, dgate, GATHER=True, TURN=True, BACK=True
+            y, down, dh, notes, k, ctx.card, gate, hid, dgate, GATHER=True, TURN=True, BACK=True
         )
-        grouped(dh, up, dx, notes, k, ctx.plan, TURN=True)
+        grouped(dh, up, dx, notes, k, ctx.card, TURN=True)
         combine(dx, where, None, dc, k)
         dup, ddown = torch.empty_like(up), torch.empty_like(down)
         B = (64, 64, 32) if c.dtype == torch.float32 else (128, 128, 64)
@@ -266,7 +280,7 @@ def grouped(
     out,
     notes,
     k,
-    plan,
+    card,
     gate=None,
     hid=None,
     dgate=None,
@@ -278,8 +292,9 @@ def grouped(
     """Launches _grouped: out (m*k, o) = a (m or m*k, i) times w[e] (o, i), or w[e] (i, o) with
     TURN.
     """
-    (order, _, ends, expert, row), ((BM, BN, BK), how) = notes, plan
+    order, _, ends, expert, row = notes
     E, i, o = w.shape if TURN else (w.shape[0], w.shape[2], w.shape[1])
+    (BM, BN, BK), how = tiles(a.dtype, *card, *(() if BACK else (i, o)))
     grid = (len(expert) * triton.cdiv(o, BN),)
     _grouped[grid](
         a,

@@ -14,8 +14,9 @@ file, ROWS in ssd.py, conv.py, ..., and SMALL, the launches of the smaller cards
 types name the runtime arguments: *bf16 *fp32 *i64 pointers, i32 i64 fp32 scalars; what the launch
 passes is what belongs here. Integers and pointers are divisible by 16, as they are at Super's
 sizes, but those named in `odd`. A row fails if a kernel spills more bytes than `spill` (a number,
-or a number per card), if its shared memory or registers exceed the card's or the row's, or if the
-instruction that was meant is not the one that came out. Never in a process with TRITON_INTERPRET=1:
+or a number per card), if its shared memory or registers exceed the card's or the row's, if a
+multiprocessor has no room for as many `blocks` as were meant, or if the instruction that was meant
+is not the one that came out. Never in a process with TRITON_INTERPRET=1:
 Triton's own library is then interpreted too.
 """
 
@@ -71,6 +72,7 @@ class Row:
     spill: object = 0  # bytes a thread may spill, or {sm: bytes}
     regs: int = 255  # a thread's at most, where the number of warps rests on it
     shared: int | None = None  # bytes of a block at most, if fewer than the card's
+    blocks: dict = field(default_factory=dict)  # sm: so many fit on a multiprocessor at once
     odd: tuple = ()  # arguments that need not be divisible by 16
     cards: tuple = (80, 90, 100)
 
@@ -140,6 +142,10 @@ def faults(row, sm, made):
         yield f"takes {made.regs} registers a thread, {row.regs} allowed"
     if row.shared is not None and made.shared > row.shared:
         yield f"takes {made.shared} bytes of shared memory, {row.shared} allowed"
+    # a multiprocessor has 1 KiB more than a block may have, and keeps 1 KiB of each block's
+    fit = min(65536 // made.regs // threads, (CARDS[sm][1] + 1) * 1024 // (made.shared + 1024))
+    if fit < (meant := row.blocks.get(sm, 0)):
+        yield f"leaves a multiprocessor room for {fit} blocks, {meant} were meant"
     name, least = row.wants.get(sm, ""), 1
     if isinstance(name, tuple):
         name, least = name

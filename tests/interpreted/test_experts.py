@@ -66,6 +66,7 @@ CASES = {
     "one takes all": dict(m=70, E=8, k=1, l=20, f=140, chosen=[5]),
     "one token": dict(m=1, E=16, k=4, l=32, f=48),
     "k is E": dict(m=5, E=3, k=3, l=8, f=5),
+    "256 columns of a long sum": dict(m=64, E=2, k=2, l=256, f=1032),
 }
 
 
@@ -94,18 +95,29 @@ def test_in_bf16_it_is_no_worse_than_the_readable_form():
 
 def test_both_sizes_of_tile_were_met():
     rows = lambda case: CASES[case]["m"] * CASES[case]["k"]
+    many = lambda case: rows(case) >= 64 * CASES[case]["E"]
     met = {
-        kernel.tiles(dtype, rows(case), CASES[case]["E"], LARGE)[0][0]
+        kernel.tiles(dtype, many(case), LARGE, i, o)[0][:2]
         for case in CASES
         for dtype in TOLERANCE
+        for l, f in [(CASES[case]["l"], CASES[case]["f"])]
+        for i, o in ((l, f), (f, l))
     }
-    assert met == {16, 64, 128}
-    assert kernel.tiles(torch.bfloat16, 8192 * 22, 512, LARGE)[0] == (
-        128,
-        128,
-        64,
-    )  # Super, 8192 tokens, then 256
-    assert kernel.tiles(torch.bfloat16, 256 * 22, 512, LARGE)[0] == (16, 128, 128)
+    assert met == {(16, 64), (16, 128), (64, 64), (128, 128), (128, 256)}
+
+
+def test_which_card_gets_which_tile():
+    """Super, up and down; cards of 99, 163 and 227 KB."""
+    tiles = lambda many, shared, *sizes: kernel.tiles(torch.bfloat16, many, shared * 1024, *sizes)
+    up, down = (1024, 2688), (2688, 1024)
+    stages = lambda *a: tiles(*a)[1]["num_stages"]
+    for shared in (99, 163, 227):
+        assert tiles(False, shared, *down)[0] == (16, 128, 128)
+        assert tiles(True, shared, *up)[0] == (128, 128, 64)
+        assert tiles(True, shared, *down)[0] == (128, 128 if shared == 99 else 256, 64)
+    assert [stages(True, shared, *up) for shared in (99, 163, 227)] == [4, 4, 3]
+    assert [stages(False, shared, *up) for shared in (99, 163, 227)] == [3, 4, 4]
+    assert tiles(True, 227, 1023, 1024) == tiles(True, 227, 2688, 1000) == tiles(True, 227)
 
 
 def test_the_sort():
