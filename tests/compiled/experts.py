@@ -50,7 +50,7 @@ def grouped(dtype, many, wants, cards, l=1024, f=2688, **more):
         ("up", (l, f), {**none, **flags("GATHER", "RELU2")}),
         ("down", (f, l), {**none, **flags()}),
         ("dh, dgate", (), flags("GATHER", "TURN", "BACK")),
-        ("dc by slot", (f, l), {**none, **flags("TURN")}),
+        ("dc", (f, l), {**none, **flags("TURN")}),
     ):
         for sm in cards:
             sizes, how = tiles(dtype, many, CARDS[sm][1] * 1024, *size)
