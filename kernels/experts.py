@@ -72,6 +72,23 @@ def _product(acc, a, w, ok, within, i, I, stride, BK: tl.constexpr, EVEN: tl.con
 
 
 @triton.jit
+def _backward(acc, HID, OUT, GATE, DGATE, rows, ok, col, O, BM: tl.constexpr, BN: tl.constexpr):
+    """dh, and this tile's part of dp, from one half of z's columns, then from the other: both at
+    once would take the registers of a second block.
+    """
+    gate = tl.load(GATE, mask=ok, other=0.0).to(tl.float32)
+    halves, part = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split(), tl.zeros((BM,), tl.float32)
+    for half in tl.static_range(2):
+        z, n = halves[half], col * BN + half * (BN // 2) + tl.arange(0, BN // 2)
+        own, both = rows + n[None, :], ok[:, None] & (n < O)[None, :]
+        hid = tl.load(HID + own, mask=both, other=0.0).to(tl.float32)
+        part += tl.sum(z * hid, 1)  # dp = z . hid
+        dh = z * gate[:, None] * 2 * tl.sqrt(hid)  # dh = 2 sqrt(hid) p z
+        tl.store(OUT + own, dh.to(OUT.dtype.element_ty), mask=both)
+    tl.store(DGATE, part, mask=ok)
+
+
+@triton.jit
 def _grouped(
     A,
     W,
@@ -121,16 +138,8 @@ def _grouped(
     acc = _product(acc, a, w, ok, within, i, I, BK * O if TURN else BK, BK, EVEN)
     rows = r0.to(tl.int64) * O + m[:, None] * O
     if BACK:
-        part, gate = tl.zeros((BM,), tl.float32), tl.load(GATE + slot, mask=ok, other=0.0)
-        halves = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        for half in tl.static_range(2):  # both at once would take the registers of a second block
-            z, n = halves[half], col * BN + half * (BN // 2) + tl.arange(0, BN // 2)
-            own, both = rows + n[None, :], ok[:, None] & (n < O)[None, :]
-            hid = tl.load(HID + own, mask=both, other=0.0).to(tl.float32)
-            part += tl.sum(z * hid, 1)  # dp = z . hid, this tile's columns of it
-            dh = z * gate.to(tl.float32)[:, None] * 2 * tl.sqrt(hid)  # dh = 2 sqrt(hid) p z
-            tl.store(OUT + own, dh.to(OUT.dtype.element_ty), mask=both)
-        tl.store(DGATE + slot.to(tl.int64) * columns + col, part, mask=ok)
+        part = DGATE + slot.to(tl.int64) * columns + col
+        _backward(acc, HID, OUT, GATE + slot, part, rows, ok, col, O, BM, BN)
     else:
         if RELU2:
             acc = tl.maximum(acc, 0.0)  # hid = relu(h)^2

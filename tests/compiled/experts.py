@@ -87,14 +87,14 @@ def weights(x, sizes, warps, stages, wants, **more):
 
 
 # What is spilled lies outside the loop: 8 bytes of dc's addresses, where 128 registers are the sums
-# of a wide tile; in fp32 24, for which ptxas fits a fifth block.
+# of a wide tile.
 ROWS = [
     *grouped(torch.bfloat16, True, TENSOR, (80, 90, 100), spill={80: 8}),
     *grouped(torch.bfloat16, False, NARROW, (80, 90, 100)),
     *list(grouped(torch.bfloat16, True, TENSOR, (90,), l=384, f=672))[1::2],
     *weights("bf16", (128, 128, 64), 8, 3, TENSOR, blocks=TWO),
     row(_combine, "weighted", "bf16", dict(K_TOP=22, BN=1024, WEIGH=True), 4, 3),
-    *list(grouped(torch.float32, True, {}, (90,), spill=24))[::2],
+    *list(grouped(torch.float32, True, {}, (90,)))[::2],
     *weights("fp32", (64, 64, 32), 8, 2, {}, cards=(90,)),
 ]
 SMALL = [
