@@ -3,8 +3,9 @@ sft.py, grpo.py, heal.py and sample.py --chat by their commands, one after the o
 on a Mac that are not there. In fp32 their first numbers are the CPU's.
 
 Fails if  an evaluation of sft.py forgets the run's cast: experts then go through a loop where
-          F.grouped_mm was said; a step of it waits for the card; a command leaves a tensor or a
-          generator behind on the CPU
+          F.grouped_mm was said; a step of it waits for the card (ids copied from ordinary memory
+          do); a command stays on the CPU (heal.py that drops --device does)
+Not here  the device of a generator: this card takes the CPU's, a real one would not
 """
 
 import card
