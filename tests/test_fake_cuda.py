@@ -53,7 +53,7 @@ def test_on_the_fake_card(library, name, device):
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-@pytest.mark.long  # 20 minutes of one core's time
+@pytest.mark.long  # 12 minutes of one core's time
 def test_the_whole_default_run(library):
     done = run(library, HERE / "test_whole.py", "-m", "long", "-s", limit=6 * 3600)
     print(done.stdout)
