@@ -18,7 +18,8 @@ Asked before the work begins, so that it does not fail in the middle:
     device            auto, cpu, cuda or mps -> what is there
     fits              refuses what the memory cannot hold
 
-Not here  what fields may hold: bounds.py; what the flags mean: each program's own file
+Not here  what fields may hold: bounds.py; closed streams, Ctrl-C before the work: shell.py; what
+          the flags mean: each program's own file
 Sources   exit codes 2 and 130 as argparse and the shell have them
 """
 
@@ -28,85 +29,14 @@ import errno
 import json
 import os
 import re
-import signal
 import stat
 import sys
-import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.error import URLError
 
+import shell
 from bounds import ENDLESS, check, flag, kinds, knob, value
-
-HOME = Path(__file__).resolve().parent
-
-
-def cut_short(kind, e, trace):
-    """Of an exception that nobody took: a library that is not there, or fails while it is imported,
-    ends with a line and a code. Any other shows its traceback.
-    """
-    failed = issubclass(kind, (ImportError, OSError, ValueError)) and library(e, trace)
-    if failed and issubclass(kind, ModuleNotFoundError):
-        leave(2, f"error: {e}: pip install -r requirements.txt")
-    if failed:
-        leave(2, f"error: {failed} cannot be imported: {' '.join(str(e).split())[:240]}")
-    if issubclass(kind, KeyboardInterrupt):
-        leave(130, "interrupted")
-    sys.__excepthook__(kind, e, trace)
-
-
-def interrupt(number, frame):
-    """Ctrl-C before `run` and after it. An exception would rise inside of a library, and some catch
-    it there and say something else.
-    """
-    leave(130, "interrupted")
-
-
-def leave(code, line):
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(f"\n{Path(sys.argv[0]).name}: {line}\n")
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def library(e, trace):
-    """Whose import an exception is about; empty if it is a file of ours."""
-    while trace.tb_next:
-        trace = trace.tb_next
-    missing = isinstance(e, ModuleNotFoundError) and e.name
-    top = (missing or trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-    return "" if top == "__main__" or list(HOME.glob(f"{top}*")) else top
-
-
-def ours():
-    """Whether this process was started as a program of this project, and not as another's."""
-    started = getattr(sys.modules["__main__"], "__file__", None) or ""
-    return HOME in Path(started).resolve().parents
-
-
-def heard(before, after):
-    """Ctrl-C goes to `after` if it went to `before`: who ignores it (nohup) goes on ignoring it."""
-    here = threading.current_thread() is threading.main_thread()
-    if here and signal.getsignal(signal.SIGINT) is before:
-        signal.signal(signal.SIGINT, after)
-        return True
-
-
-@contextlib.contextmanager
-def interruptible():
-    """While a program works, Ctrl-C is an exception: what is half done is ended properly."""
-    taken = heard(interrupt, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if taken:
-            heard(signal.default_int_handler, interrupt)
-
-
-if ours():
-    sys.excepthook = cut_short
-    heard(signal.default_int_handler, interrupt)
-
 
 # 1. Flags
 
@@ -222,31 +152,12 @@ def ending(e, kind=None):
     return None
 
 
-def mute():
-    """Nobody reads what is printed: from here on it goes nowhere, and the end of the process does
-    not complain.
-    """
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def say(line=""):
     """Prints a line at once. A reader who has gone (`| head`) does not stop the work."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        mute()
-
-
-def whole():
-    """Of a process without one of the standard streams (`>&-`): nothing comes, and what is printed
-    goes nowhere. Else the next file that is opened would get the stream's number, and a checkpoint
-    would hold what a library prints.
-    """
-    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-            os.set_inheritable(getattr(sys, name).fileno(), True)
+        shell.mute()
 
 
 def run(work, kind, program, about, argv=None, make=None):
@@ -255,19 +166,19 @@ def run(work, kind, program, about, argv=None, make=None):
     process with one sentence and its code. An exception that nobody foresaw passes: it is a fault
     of ours, and its traceback is needed.
     """
-    whole()
+    shell.whole()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console without the letter shows a question mark
             stream.reconfigure(errors="replace")
     p = parser(kind, program, about)
     try:
-        with interruptible():
+        with shell.interruptible():
             given = vars(p.parse_args(argv))
             settings = make(given) if make else kind(**given)
             work(check(settings))
             sys.stdout.flush()
     except BrokenPipeError:
-        mute()
+        shell.mute()
         sys.exit(1)
     except (
         ValueError,

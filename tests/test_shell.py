@@ -22,6 +22,7 @@ from test_structure import HOUSE, file
 
 import disk
 import grpo
+import shell
 from training import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,13 +127,13 @@ def test_a_library_that_fails_is_a_line_and_a_fault_of_ours_a_traceback():
             raised = "raise ModuleNotFoundError('', name=name) if name else ImportError"
             exec(raised, dict(__name__=where, name=name))
         except ImportError as e:
-            assert command.library(e, e.__traceback__) == whose, (where, name)
+            assert shell.library(e, e.__traceback__) == whose, (where, name)
 
 
 def test_another_programs_interrupt_is_its_own():
     """What is imported from a notebook or a script leaves how that ends alone."""
-    ask = "import sys; sys.path.insert(0, sys.argv[1]); import command; print(sys.excepthook is "
-    ask += "sys.__excepthook__, command.ours())"
+    ask = "import sys; sys.path.insert(0, sys.argv[1]); import command, shell; "
+    ask += "print(sys.excepthook is sys.__excepthook__, shell.ours())"
     done = subprocess.run([sys.executable, "-c", ask, str(ROOT)], capture_output=True, text=True)
     assert done.stdout.split() == ["True", "False"], done.stderr
 
@@ -182,7 +183,7 @@ def test_a_command_is_offered_whatever_config_json_holds(text, tmp_path):
 def test_every_file_that_can_be_started_ends_as_programs_do():
     for name in HOUSE:
         text = file(name).read_text(encoding="utf-8")
-        if "__main__" in text and name not in ("bounds", "command"):
+        if "__main__" in text and name not in ("bounds", "command", "shell"):
             assert re.search(
                 r"\bcommand\.(run|part)\(|\bdemo\(main|import .*\bmain$", text, re.M
             ), name

@@ -28,8 +28,9 @@ HOUSE = {
     "bounds": (),
     "disk": (),
     "checkpoint": ("disk",),
-    "command": ("bounds",),
+    "command": ("bounds", "shell"),
     "config": ("family",),
+    "shell": (),
     "family": (),
     "latent_moe": (),
     "mamba": (),
@@ -567,7 +568,7 @@ def test_every_concept_file_runs_by_itself(name, alone):
     assert seconds < 20, f"{seconds:.0f} seconds of CPU time"
 
 
-PARTS = ("bounds", "census", "decode", "disk", "graph", "layerwise", "speculate", "talk")
+PARTS = ("bounds", "census", "decode", "disk", "graph", "layerwise", "shell", "speculate", "talk")
 
 
 @pytest.mark.parametrize("name", sorted(n for n in HOUSE if "." not in n))
