@@ -14,8 +14,9 @@ Here      0.3 M parameters, where one task has much less room beside another tha
           kinds of question. Six seeds. Of one, on a crowded machine, the fine-tuned model took 59
           CPU seconds; the others found it: `third` took 113, all tasks some 140 (196 with it). With
           `sort` between them six seeds come to 45 minutes. The rows are those of receipts/post,
-          where the commands are: made before the lab by older code, no seconds. Code of now answers
-          otherwise: .621, .690, .671 right (seed 0; fine-tuned, all, third), not .631, .654, .650
+          where the commands are: made before the lab, no seconds. Another processor sums in another
+          order and answers otherwise: .621, .690, .671 right (seed 0; fine-tuned, all, third), not
+          .631, .654, .650; with AVX2's instructions on that same processor the first is .630
 """
 
 from ablations import chain, draw
