@@ -54,6 +54,8 @@ def clean(notebook):
     """Takes out what another run would not give again."""
     notebook.metadata = METADATA
     for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
         for output in cell.get("outputs", ()):
             if "text" in output:
                 output["text"] = lasting(output["text"])
@@ -61,6 +63,18 @@ def clean(notebook):
                 if kind.startswith("text/"):
                     output["data"][kind] = lasting(content)
     return notebook
+
+
+def joined(outputs):
+    """What was printed in one breath may have come in two pieces: one again."""
+    kept = []
+    for output in outputs:
+        piece = output.output_type == "stream"
+        if piece and kept and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def lasting(text):

@@ -48,8 +48,8 @@ def rows(x, size, cards, wants=None, spill=None):
             launch["num_stages"],
             {} if kernel is _step or not wants else wants,
             (spill or {}).get(kernel, 0),
-            ("T",),
-            cards,
+            odd=("T",),
+            cards=cards,
         )
 
 
