@@ -299,11 +299,11 @@ def band(logs, x):
     """The validation of seeds of one thing -> x (their mean), lowest, mean and highest bits, and
     whether the learning rate is still up; point by point as far as all seeds go.
     """
+    peak = max((lr for rows in logs for lr in points(rows, "lr")[1]), default=0)
     logs = [[r for r in rows if points([r], "val_bpb", x)[0]] for rows in logs]
     xs, ys, rates = (
         list(zip(*(points(rows, k)[1] for rows in logs))) for k in (x, "val_bpb", "lr")
     )
-    peak = max((max(rate) for rate in rates), default=0)
     up = [len(rates) == len(ys) and min(rate) >= 0.999 * peak for rate in rates]
     return (
         [statistics.mean(p) for p in xs],

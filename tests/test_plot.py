@@ -130,6 +130,15 @@ def test_one_seed_has_no_band(tmp_path, drawn):
     assert not any("band" in text for text in one) and any("band: 2 seeds" in t for t in two)
 
 
+def test_a_rate_that_has_fallen_is_not_up():
+    """It is up if it is the run's highest, though there be one validation, at the end."""
+    rows = [dict(step=i, tokens=i, lr=lr) for i, lr in enumerate((4e-3, 4e-3, 4e-5))]
+    rows[2]["val_bpb"] = 2.0
+    assert plot.band([rows], "tokens")[4] == [False]
+    rows[1]["val_bpb"] = 2.5
+    assert plot.band([rows, rows], "tokens")[4] == [True, False]
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path):
     new = tmp_path / "new"
     new.mkdir()
