@@ -334,6 +334,8 @@ def compare(folders, out):
         runs.setdefault(kind(folder), []).append(disk.read_log(folder / "log.csv"))
         made.setdefault(kind(folder), layers(folder))
     seeds = max(map(len, runs.values()))
+    texts = {facts(folder)["corpus"].get("sha256") for folder in folders}
+    title = verdict(runs) if len(texts) == 1 else "Validation loss, of unlike texts"
     with plt.rc_context(STYLE):
         fig, axes = sheet(1, 2, figsize=(11, 4.8), sharey=True)
         for ax, x, unit in ((axes[0], "tokens", 1e6), (axes[1], "seconds", 60)):
@@ -341,9 +343,7 @@ def compare(folders, out):
             for i, (name, logs) in enumerate(runs.items()):
                 last = draw_kind(ax, logs, x, unit, i, f"{name}: {made[name]}".rstrip(": "))
                 ends += [(y, f"{name}\n{y:.3f}", COLOURS[i % len(COLOURS)]) for y in last]
-        axes[0].set(
-            xlabel="million tokens read", ylabel="validation, bits a byte", title=verdict(runs)
-        )
+        axes[0].set(xlabel="million tokens read", ylabel="validation, bits a byte", title=title)
         axes[1].set(xlabel="minutes")
         name_ends(axes[1], ends, gap=0.13)
         said = f"band: {seeds} seeds\n" * (seeds > 1) + "hollow: learning rate still up"
@@ -378,13 +378,13 @@ class Flags:
 def work(a):
     folders = [Path(p) for p in a.paths if not p.endswith(".png")]
     out = [Path(p) for p in a.paths if p.endswith(".png")]
-    if not folders or len(out) > 1 or (len(folders) > 1) != bool(out):
-        raise ValueError("give one folder: plot.py RUN   or several: plot.py RUN RUN ... OUT.png")
     for f in folders:
         if not (f / "log.csv").is_file():
             raise ValueError(f"{f} holds no log.csv")
         if not disk.read_log(f / "log.csv"):
             raise ValueError(f"{f}/log.csv has no row yet")
+    if not folders or len(out) > 1 or (len(folders) > 1) != bool(out):
+        raise ValueError("give one folder: plot.py RUN   or several: plot.py RUN RUN ... OUT.png")
     if out:
         compare(folders, out[0])
     else:

@@ -31,28 +31,10 @@ import sample
 import sft
 import train
 from ablations.figure import digest, read
+from config import PRESETS
 from post import picture, practice, rollout, tasks
 
-MODEL = dict(
-    hybrid_override_pattern="M*EM*E",
-    hidden_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    mamba_num_heads=4,
-    mamba_head_dim=32,
-    ssm_state_size=16,
-    n_groups=2,
-    chunk_size=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    moe_latent_size=32,
-    moe_intermediate_size=64,
-    moe_shared_expert_intermediate_size=128,
-    routed_scaling_factor=2.5,
-    intermediate_size=128,
-    initializer_range=0.056,
-)
+MODEL = {k: v for k, v in PRESETS["mini"].items() if k != "vocab_size"}  # the tokenizer says it
 TUNING = dict(
     tasks="sort,third,make,call",
     tokenizer="bpe:320",

@@ -130,6 +130,19 @@ def test_one_seed_has_no_band(tmp_path, drawn):
     assert not any("band" in text for text in one) and any("band: 2 seeds" in t for t in two)
 
 
+def test_texts_that_differ_are_not_compared(tmp_path, drawn):
+    for name, text in (("a-0", "one"), ("b-0", "one"), ("c-0", "other")):
+        shutil.copytree(ROOT / "receipts/toy-0", tmp_path / name)
+        path = tmp_path / name / "config.json"
+        said = json.loads(path.read_text())
+        path.write_text(json.dumps(said | dict(corpus=said["corpus"] | dict(sha256=text))))
+    titles = []
+    for other in "bc":
+        plot.main([str(tmp_path / f"{x}-0") for x in ("a", other)] + [str(tmp_path / "x.png")])
+        titles.append(drawn[-1].axes[0].get_title("left"))
+    assert titles == ["a and b differ by no more than seeds do", "Validation loss, of unlike texts"]
+
+
 def test_a_rate_that_has_fallen_is_not_up():
     """It is up if it is the run's highest, though there be one validation, at the end."""
     rows = [dict(step=i, tokens=i, lr=lr) for i, lr in enumerate((4e-3, 4e-3, 4e-5))]

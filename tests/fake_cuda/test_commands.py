@@ -8,9 +8,12 @@ Fails if  an evaluation of sft.py forgets the run's cast: experts then go throug
 Not here  the device of a generator: this card takes the CPU's, a real one would not
 """
 
+from dataclasses import replace
+
 import card
 import pytest
 import torch
+from test_post import CONFIG
 
 import chat
 import checkpoint
@@ -22,27 +25,9 @@ import hf
 import sample
 import sft
 import train
-from config import Config
 from model import Nemotron
 
 THERE = card.THERE.type
-CONFIG = Config(
-    hybrid_override_pattern="ME*",
-    hidden_size=32,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    mamba_num_heads=2,
-    mamba_head_dim=16,
-    ssm_state_size=16,
-    n_groups=1,
-    chunk_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=32,
-    moe_latent_size=32,
-    moe_shared_expert_intermediate_size=32,
-)
 QUICK = "--threads 1 --tasks sort --questions 2 --room 6 --length 192".split()
 SFT = "--batch 4 --steps 4 --stage2 1 --eval-every 4 --log-every 4".split()
 GRPO = "--steps 2 --prompts 2 --group 3 --eval-every 2 --log-every 1".split()
@@ -54,7 +39,7 @@ SAY = "--chat --prompt sort --max-new-tokens 5 --temperature 0".split()
 def released(tmp_path_factory):
     """A small model in the released layout, with a tokenizer that knows the template's tokens."""
     enc = chat.with_special(data.tokenizer("bytes"))
-    config = Config(**{**vars(CONFIG), "vocab_size": data.vocab_size(enc)})
+    config = replace(CONFIG, vocab_size=data.vocab_size(enc), num_nextn_predict_layers=1)
     where = tmp_path_factory.mktemp("released") / "small"
     hf.save(Nemotron(config, seed=5), where, enc=enc)
     return where
